@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Lints the code and runs the tests: ./runtests.sh [pytest arguments]
+# PYTHON and SSPFORMER_PYTHON: see scripts/ensure_venv.sh.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="$("$root/scripts/ensure_venv.sh")"
+cd "$root"
+export PYTHONPATH="$root/custom${PYTHONPATH:+:$PYTHONPATH}"
+
+folders=()
+for folder in custom tests benchmarks; do
+  if [[ -d "$folder" ]]; then folders+=("$folder"); fi
+done
+echo "== ruff check"
+"$python" -m ruff check "${folders[@]}"
+echo "== ruff format --check"
+"$python" -m ruff format --check "${folders[@]}"
+echo "== pytest"
+exec "$python" -m pytest "$@"
