@@ -1,0 +1,39 @@
+"""MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
+
+from .masking import (
+    MaskIndices,
+    MaskSampler,
+    RandInverseFrequencyMask,
+    RandInverseFrequencyMaskd,
+    draw_mask,
+    high_frequency_map,
+    inverse_frequency_mask,
+    patch_energy,
+    voxel_mask,
+)
+from .noise import (
+    NoiseSampler,
+    PhysiologicalMotion,
+    RandFrequencyWeightedNoise,
+    RandFrequencyWeightedNoised,
+    frequency_weighted_noise,
+    noise_weight,
+)
+
+__all__ = [
+    "MaskIndices",
+    "MaskSampler",
+    "NoiseSampler",
+    "PhysiologicalMotion",
+    "RandFrequencyWeightedNoise",
+    "RandFrequencyWeightedNoised",
+    "RandInverseFrequencyMask",
+    "RandInverseFrequencyMaskd",
+    "draw_mask",
+    "frequency_weighted_noise",
+    "high_frequency_map",
+    "inverse_frequency_mask",
+    "noise_weight",
+    "patch_energy",
+    "voxel_mask",
+]

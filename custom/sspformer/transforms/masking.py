@@ -1,0 +1,372 @@
+"""Inverse frequency projection masking: hide patches where high-frequency anatomy sits (METHOD.md).
+
+The steps, in the order of the method: :func:`high_frequency_map` weighs k-space by a high-pass and projects it back,
+:func:`patch_energy` pools the map over the token grid, :func:`draw_mask` draws the masked patches.
+:func:`inverse_frequency_mask` is all of them, batched; :class:`RandInverseFrequencyMask` and
+:class:`RandInverseFrequencyMaskd` are for one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from monai.config import KeysCollection
+from monai.config.type_definitions import NdarrayOrTensor
+from monai.transforms import MapTransform, RandomizableTransform
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
+from torch import Tensor
+
+from .. import kspace
+from .noise import spacing_of
+
+__all__ = [
+    "MaskIndices",
+    "high_frequency_map",
+    "patch_energy",
+    "draw_mask",
+    "inverse_frequency_mask",
+    "MaskSampler",
+    "RandInverseFrequencyMask",
+    "RandInverseFrequencyMaskd",
+    "voxel_mask",
+]
+
+
+class MaskIndices(NamedTuple):
+    """Which tokens are visible and which are masked; every token is in exactly one of the two, in ascending order.
+
+    Attributes:
+        keep: visible tokens, ``(B, N - M)``, int64.
+        mask: masked tokens, ``(B, M)``, int64, ``M = round(ratio * N)``.
+    """
+
+    keep: Tensor
+    mask: Tensor
+
+    def to_map(self) -> Tensor:
+        """True where masked, ``(B, N)``."""
+        shape = (self.keep.shape[0], self.keep.shape[1] + self.mask.shape[1])
+        return torch.zeros(shape, dtype=torch.bool, device=self.mask.device).scatter_(1, self.mask, True)
+
+
+def high_frequency_map(
+    image: Tensor,
+    spacing: Sequence[float] | Tensor | None = None,
+    gamma: float = 1.0,
+    cutoff: float | None = None,
+    margin: int = 4,
+) -> Tensor:
+    """Steps 1 and 2: where high-frequency content sits, ``h = |F^-1(W F(x))|`` averaged over channels.
+
+    The image is mirrored by ``margin`` voxels first. A crop through a head does not end in air as a whole field of view
+    does, and the jump from one border to the opposite one, which the Fourier transform sees, would outshine anatomy.
+
+    Args:
+        image: clean images ``(B, C, *S)``; not the noisy ones, or noisy air looks like anatomy.
+        spacing: voxel spacing in mm, see :func:`sspformer.kspace.as_spacing`.
+        gamma: see :func:`sspformer.kspace.highpass`.
+        cutoff: see :func:`sspformer.kspace.highpass`.
+        margin: voxels to mirror at each border, 0 or more; less where a side is shorter.
+
+    Returns:
+        The map ``(B, 1, *S)``, not negative. Adding a constant to the image does not change it.
+    """
+    dims = tuple(range(1, image.ndim))
+    image = image.float()
+    image = image - image.mean(dim=dims, keepdim=True)  # W(0) = 0 removes it anyway, but it costs precision until then
+    pad = [min(margin, side - 1) for side in image.shape[2:]]
+    padded = F.pad(image, [p for side in reversed(pad) for p in (side, side)], mode="reflect") if any(pad) else image
+    weight = kspace.highpass(kspace.radial_frequency(padded, spacing, half=True), gamma, cutoff)
+    detail = kspace.filter_image(padded, weight).abs().mean(dim=1, keepdim=True)
+    return detail[(..., *(slice(p, p + side) for p, side in zip(pad, image.shape[2:], strict=True)))]
+
+
+def _pool(volume: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Mean of ``(B, 1, *S)`` over each patch, ``(B, N)``; those at the end may be cut off: the encoder pads there."""
+    pool = F.avg_pool2d if volume.ndim == 4 else F.avg_pool3d
+    return pool(volume, tuple(patch_size), ceil_mode=True).flatten(1)
+
+
+def patch_energy(
+    image: Tensor,
+    patch_size: Sequence[int],
+    spacing: Sequence[float] | Tensor | None = None,
+    gamma: float = 1.0,
+    cutoff: float | None = None,
+    local_amplitude: bool = False,
+    foreground_share: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """Step 3: standardised log energy of the high-frequency map in each patch, and which patches are foreground.
+
+    A voxel is foreground where it is brighter than the mean of its image, as is common for MRI (TorchIO's
+    ``ZNormalization.mean``); a patch is where at least ``foreground_share`` of its voxels are. Neither scaling the
+    image nor adding a constant changes any of this.
+
+    Args:
+        image: clean images ``(B, C, *S)``.
+        patch_size: voxels along each spatial axis; the token grid has ``ceil(S / patch_size)`` patches.
+        spacing: voxel spacing in mm.
+        gamma: see :func:`high_frequency_map`.
+        cutoff: see :func:`high_frequency_map`.
+        local_amplitude: divide each patch's energy by its squared mean brightness above the darkest voxel (plus a tenth
+            of the image's own mean), so that skull and scalp do not outshine the cortex.
+        foreground_share: between 0 and 1.
+
+    Returns:
+        ``z`` (B, N): the log energy, mean 0 and standard deviation 1 over the foreground patches, 0 everywhere for a
+        flat image; ``foreground`` (B, N), bool.
+    """
+    image = image.float()
+    dims = tuple(range(1, image.ndim))
+    squared = high_frequency_map(image, spacing, gamma, cutoff).square()
+    energy = _pool(squared, patch_size)
+
+    mean_image = image.mean(dim=1, keepdim=True)
+    above_mean = (mean_image > mean_image.mean(dim=dims, keepdim=True)).float()
+    foreground = _pool(above_mean, patch_size) >= foreground_share
+
+    if local_amplitude:
+        brightness = _pool(mean_image - mean_image.amin(dim=dims, keepdim=True), patch_size)
+        energy = energy / (brightness + 0.1 * brightness.mean(dim=1, keepdim=True)).square().clamp_min(1e-30)
+
+    mean_energy = energy.mean(dim=1, keepdim=True)
+    log_energy = (energy / mean_energy.clamp_min(1e-30) + 1e-6).log()
+    count = foreground.sum(dim=1, keepdim=True).clamp_min(1)
+    mean = (log_energy * foreground).sum(dim=1, keepdim=True) / count
+    variance = ((log_energy - mean).square() * foreground).sum(dim=1, keepdim=True) / count
+    z = (log_energy - mean) * variance.clamp_min(1e-12).rsqrt()
+    # rounding alone leaves a relative detail of about 1e-7 in a flat image: that is no anatomy
+    largest = image.abs().amax(dim=dims, keepdim=True).flatten(1)
+    flat = squared.mean(dim=dims, keepdim=True).flatten(1) <= (1e-6 * largest).square()
+    return torch.where(flat | (variance < 1e-12), torch.zeros_like(z), z), foreground
+
+
+def draw_mask(
+    z: Tensor,
+    ratio: float,
+    beta: Tensor | float,
+    foreground: Tensor | None = None,
+    hints: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> MaskIndices:
+    """Steps 4 to 6: draw exactly ``round(ratio * N)`` patches of each sample without replacement.
+
+    Gumbel top-k on ``beta * z``: adding standard Gumbel noise to log weights and taking the k largest is drawing k
+    without replacement with weights ``exp(beta * z)``. ``beta = 0`` is the uniform mask of a plain masked autoencoder.
+
+    Args:
+        z: standardised log energy ``(B, N)``.
+        ratio: share of patches to mask, between 0 and 1; at least one patch stays visible and one is masked.
+        beta: preference for high-frequency patches, a number or ``(B,)``.
+        foreground: ``(B, N)`` bool: foreground and background are then masked at the same ratio each (strata), so that
+            air does not fill the visible set. None: one stratum.
+        hints: share of the tokens that are revealed whatever was drawn, at random among the ``M`` of the highest energy
+            (after AttMask's hints); 0 to ``1 - ratio``. With strata, no more of them than their stratum leaves visible.
+        generator: source of the draw, on the device of ``z``.
+
+    Raises:
+        ValueError: if ``ratio`` or ``hints`` is out of its range.
+    """
+    n_tokens = z.shape[1]
+    n_mask = _n_mask(n_tokens, ratio)
+    if hints < 0 or hints + ratio > 1 + 1e-9:
+        raise ValueError(f"hints must be in [0, 1 - ratio] = [0, {1 - ratio:.3g}], got {hints}.")
+
+    def gumbel() -> Tensor:
+        uniform = torch.rand(z.shape, generator=generator, device=z.device)
+        return -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
+
+    beta = torch.as_tensor(beta, dtype=z.dtype, device=z.device).reshape(-1, 1)
+    score = beta * z + gumbel()
+    if hints > 0:
+        n_hints = min(round(hints * n_tokens), n_tokens - n_mask)
+        shuffle = gumbel().argsort(dim=1)  # ties, as in air or a flat image, are broken at random
+        top = shuffle.gather(1, z.gather(1, shuffle).topk(n_mask, dim=1).indices)
+        revealed = top.gather(1, gumbel().gather(1, top).topk(n_hints, dim=1).indices)
+        score = score.scatter(1, revealed, -torch.inf)
+
+    order = score.argsort(dim=1, descending=True)
+    if foreground is None:
+        return _split(order.new_zeros(z.shape, dtype=torch.bool).scatter_(1, order[:, :n_mask], True), n_mask)
+    # the best of each stratum: the foreground's share of the masked set, then as many of the background as are left
+    n_foreground = foreground.sum(dim=1, keepdim=True)
+    from_foreground = (ratio * n_foreground).round().long()
+    from_foreground = torch.minimum(from_foreground, n_foreground).clamp_max(n_mask)
+    from_foreground = torch.maximum(from_foreground, n_mask - (n_tokens - n_foreground))
+    in_foreground = foreground.gather(1, order)
+    rank_in_foreground = in_foreground.cumsum(dim=1)
+    rank_in_background = (~in_foreground).cumsum(dim=1)
+    from_background = n_mask - from_foreground
+    taken = torch.where(in_foreground, rank_in_foreground <= from_foreground, rank_in_background <= from_background)
+    return _split(torch.zeros_like(taken).scatter_(1, order, taken), n_mask)
+
+
+def _n_mask(n_tokens: int, ratio: float) -> int:
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask ratio must be between 0 and 1 (0.75 is usual), got {ratio}.")
+    n_mask = round(ratio * n_tokens)
+    if not 0 < n_mask < n_tokens:
+        raise ValueError(
+            f"a mask ratio of {ratio} of {n_tokens} patches leaves none masked or none visible: "
+            "take a larger image, smaller patches or another ratio."
+        )
+    return n_mask
+
+
+def _split(masked: Tensor, n_mask: int) -> MaskIndices:
+    """``(B, N)`` bool with ``n_mask`` True in each row -> indices."""
+    order = masked.to(torch.uint8).argsort(dim=1, stable=True)
+    return MaskIndices(keep=order[:, : masked.shape[1] - n_mask], mask=order[:, masked.shape[1] - n_mask :])
+
+
+def inverse_frequency_mask(
+    image: Tensor,
+    patch_size: Sequence[int],
+    ratio: float = 0.75,
+    beta: Tensor | float = 1.0,
+    spacing: Sequence[float] | Tensor | None = None,
+    gamma: float = 1.0,
+    cutoff: float | None = None,
+    local_amplitude: bool = False,
+    stratify: bool = True,
+    hints: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[MaskIndices, Tensor, Tensor]:
+    """Inverse frequency projection masking of a batch: all the steps of the method.
+
+    Args:
+        image: clean images ``(B, C, *S)``; runs on their device.
+        patch_size: voxels along each spatial axis.
+        ratio: see :func:`draw_mask`.
+        beta: see :func:`draw_mask`.
+        spacing: voxel spacing in mm.
+        gamma: see :func:`high_frequency_map`.
+        cutoff: see :func:`high_frequency_map`.
+        local_amplitude: see :func:`patch_energy`.
+        stratify: mask foreground and background at the same ratio each.
+        hints: see :func:`draw_mask`.
+        generator: source of the draw, on the image's device.
+
+    Returns:
+        The indices, the patch energies ``z`` (B, N), and the foreground ``(B, N)``.
+    """
+    z, foreground = patch_energy(image, patch_size, spacing, gamma, cutoff, local_amplitude)
+    indices = draw_mask(z, ratio, beta, foreground if stratify else None, hints, generator)
+    return indices, z, foreground
+
+
+class MaskSampler:
+    """The settings of :func:`inverse_frequency_mask`, to be called on batches; ``beta`` may change while training.
+
+    Args:
+        patch_size: voxels along each spatial axis, or one number for all.
+        spatial_dims: 2 or 3.
+        ratio: share of masked patches.
+        beta: preference for high-frequency patches, 0 or more; a schedule sets it through :meth:`set_beta`.
+        kwargs: ``gamma``, ``cutoff``, ``local_amplitude``, ``stratify``, ``hints`` of :func:`inverse_frequency_mask`.
+    """
+
+    def __init__(
+        self, patch_size: Sequence[int] | int, spatial_dims: int = 3, ratio: float = 0.75, beta: float = 1.0, **kwargs
+    ) -> None:
+        self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
+        self.ratio = ratio
+        self.kwargs = kwargs
+        self.set_beta(beta)
+
+    def set_beta(self, beta: float) -> None:
+        """Set the preference for high-frequency patches; a parameter setter for MONAI's ``ParamSchedulerHandler``."""
+        self.beta = float(beta)
+
+    def __call__(
+        self, image: Tensor, spacing: Sequence[float] | Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[MaskIndices, Tensor, Tensor]:
+        """See :func:`inverse_frequency_mask`."""
+        return inverse_frequency_mask(
+            image, self.patch_size, self.ratio, self.beta, spacing, generator=generator, **self.kwargs
+        )
+
+
+class RandInverseFrequencyMask(RandomizableTransform):
+    """Voxel mask of one image ``(C, *S)`` by inverse frequency projection; spacing is read from a MetaTensor.
+
+    Returns a mask ``(1, *S)`` of the image's own grid and affine: 1 where masked, 0 where visible, uint8.
+
+    Args:
+        patch_size: voxels along each spatial axis, or one number for all.
+        ratio: see :func:`draw_mask`.
+        beta: see :func:`draw_mask`.
+        kwargs: further settings of :func:`inverse_frequency_mask`.
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(self, patch_size: Sequence[int] | int, ratio: float = 0.75, beta: float = 1.0, **kwargs) -> None:
+        RandomizableTransform.__init__(self, prob=1.0)
+        self.patch_size, self.ratio, self.beta, self.kwargs = patch_size, ratio, beta, kwargs
+        self._seed = 0
+
+    def randomize(self, data=None) -> None:
+        super().randomize(None)
+        self._seed = int(self.R.randint(2**31))
+
+    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
+        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
+        if randomize:
+            self.randomize()
+        image = img.as_subclass(Tensor)[None]
+        sampler = MaskSampler(self.patch_size, image.ndim - 2, self.ratio, self.beta, **self.kwargs)
+        generator = torch.Generator(img.device).manual_seed(self._seed)
+        indices, *_ = sampler(image, spacing_of(img), generator)
+        mask = voxel_mask(indices, image.shape[2:], sampler.patch_size)[0]
+        return convert_to_dst_type(mask, img, dtype=torch.uint8)[0]
+
+
+def voxel_mask(indices: MaskIndices, image_size: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """The mask on the image grid, ``(B, 1, *S)``, bool, True where masked."""
+    grid = [-(-side // patch) for side, patch in zip(image_size, patch_size, strict=True)]
+    mask = indices.to_map().reshape(-1, 1, *grid)
+    for axis, patch in enumerate(patch_size):
+        mask = mask.repeat_interleave(patch, dim=2 + axis)
+    return mask[(..., *(slice(0, side) for side in image_size))]
+
+
+class RandInverseFrequencyMaskd(RandomizableTransform, MapTransform):
+    """Dictionary twin of :class:`RandInverseFrequencyMask`: adds ``{key}_{mask_key_postfix}`` beside each image.
+
+    Args:
+        keys: images to mask.
+        patch_size: voxels along each spatial axis, or one number for all.
+        mask_key_postfix: name of the added entry.
+        allow_missing_keys: do not raise if a key is missing.
+        kwargs: see :class:`RandInverseFrequencyMask`.
+    """
+
+    backend = RandInverseFrequencyMask.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        patch_size: Sequence[int] | int,
+        mask_key_postfix: str = "mask",
+        allow_missing_keys: bool = False,
+        **kwargs,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+        self.mask_key_postfix = mask_key_postfix
+        self.mask = RandInverseFrequencyMask(patch_size, **kwargs)
+
+    def set_random_state(self, seed=None, state=None) -> RandInverseFrequencyMaskd:
+        super().set_random_state(seed, state)
+        self.mask.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[f"{key}_{self.mask_key_postfix}"] = self.mask(d[key])
+        return d

@@ -1,0 +1,306 @@
+"""Frequency-weighted FFT noise: thermal noise and physiological motion, put into k-space (METHOD.md).
+
+:func:`frequency_weighted_noise` is the pure, batched function; :class:`RandFrequencyWeightedNoise` samples its
+parameters for one image, and :class:`RandFrequencyWeightedNoised` does so for the entries of a dictionary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.config.type_definitions import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, RandomizableTransform
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
+from torch import Tensor
+
+from .. import kspace
+
+__all__ = [
+    "PhysiologicalMotion",
+    "frequency_weighted_noise",
+    "noise_weight",
+    "RandFrequencyWeightedNoise",
+    "RandFrequencyWeightedNoised",
+]
+
+
+@dataclass
+class PhysiologicalMotion:
+    """Periodic rigid motion while k-space is read; ``M`` sinusoids (breathing, heartbeat) for each of ``B`` samples.
+
+    Attributes:
+        displacement: peak displacement along each spatial axis, mm, ``(B, M, len(S))``; positive towards higher index.
+        frequency: Hz, ``(B, M)``; breathing about 0.2 to 0.35, heartbeat about 0.9 to 1.6.
+        phase: phase at the first line, rad, ``(B, M)``.
+        repetition_time: time between two phase-encode lines, s, ``(B,)``.
+        modulation: relative amplitude of the signal's own modulation, ``(B, M)``, 0 to 1.
+        axis: the phase-encode axis, a spatial axis (0-based), one for the whole batch.
+    """
+
+    displacement: Tensor
+    frequency: Tensor
+    phase: Tensor
+    repetition_time: Tensor
+    modulation: Tensor
+    axis: int = 0
+
+    def kspace_factor(self, image: Tensor, spacing: Tensor) -> Tensor:
+        """What the motion multiplies k-space with, complex, broadcastable to ``(B, 1, *S)``.
+
+        A displacement ``d`` turns the phase of k-space by ``2 pi k . d`` (Fourier shift theorem). Line ``n`` is read at
+        ``n * repetition_time``, so that ``d`` varies along the phase-encode axis only, and the phase of the whole grid
+        is a product of one small table for each axis.
+        """
+        n_axes, n_lines = image.ndim - 2, image.shape[2 + self.axis]
+        time = kspace.phase_encode_line(n_lines, image.device) * self.repetition_time[:, None]  # (B, N)
+        wave = torch.sin(2 * math.pi * self.frequency[..., None] * time[:, None] + self.phase[..., None])  # (B, M, N)
+        along_lines = [image.shape[0]] + [1] * (image.ndim - 1)
+        along_lines[2 + self.axis] = n_lines
+
+        amplitude = 1 + (self.modulation[..., None] * wave).sum(dim=1)
+        factor = torch.complex(amplitude, torch.zeros_like(amplitude)).reshape(along_lines)
+        for axis in range(n_axes):
+            shift = (self.displacement[..., axis, None] * wave).sum(dim=1).reshape(along_lines)  # mm at each line
+            angle = 2 * math.pi * kspace.axis_frequency(image, spacing, axis) * shift
+            factor = factor * torch.polar(torch.ones_like(angle), -angle)
+        return factor
+
+
+def noise_weight(rho: Tensor, alpha: Tensor | float, eps0: float = 0.1) -> Tensor:
+    """``w(rho) ~ (eps0 + rho) ** alpha`` with mean square 1 over the grid of each sample, ``(B, 1, *S)``.
+
+    Args:
+        rho: radial frequency ``(B, 1, *S)`` of the full grid.
+        alpha: exponent, a number or ``(B,)``. 0: white noise; above 0: more at high frequency.
+        eps0: what keeps the weight finite at zero frequency where ``alpha`` is negative, above 0.
+    """
+    if eps0 <= 0:
+        raise ValueError(f"eps0 must be above 0, got {eps0}.")
+    alpha = torch.as_tensor(alpha, dtype=rho.dtype, device=rho.device).reshape(-1, *[1] * (rho.ndim - 1))
+    weight = (eps0 + rho) ** alpha
+    return weight * weight.square().mean(dim=tuple(range(1, rho.ndim)), keepdim=True).rsqrt()
+
+
+def frequency_weighted_noise(
+    image: Tensor,
+    sigma: Tensor | float,
+    alpha: Tensor | float = 0.0,
+    spacing: Sequence[float] | Tensor | None = None,
+    motion: PhysiologicalMotion | None = None,
+    eps0: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Magnitude image of a k-space with thermal noise and physiological motion.
+
+    .. math:: x' = | F^{-1}( F(x) m(k) + \sigma w(\rho) \epsilon ) |
+
+    with complex standard normal :math:`\epsilon` (each part of variance 1), the weight ``w`` of :func:`noise_weight`
+    and the factor ``m`` of :class:`PhysiologicalMotion`. With ``alpha=0`` the result is exactly Rician.
+
+    Args:
+        image: magnitude images ``(B, C, *S)``, not negative: the noise belongs before z-scoring. Runs on its device.
+        sigma: standard deviation in the image domain as a fraction of the intensity range (maximum less minimum) of
+            each channel of each sample, a number or ``(B,)``; independent of ``alpha``.
+        alpha: exponent of the noise weight, a number or ``(B,)``.
+        spacing: voxel spacing in mm, ``(len(S),)`` or ``(B, len(S))``; None: 1 mm.
+        motion: physiological motion, or None.
+        eps0: see :func:`noise_weight`.
+        generator: source of the noise, on the image's device.
+
+    Returns:
+        ``(B, C, *S)``, not negative, float32.
+    """
+    image = image.float()
+    spacing = kspace.as_spacing(spacing, image)
+    weight = noise_weight(kspace.radial_frequency(image, spacing), alpha, eps0)
+    dims = tuple(range(2, image.ndim))
+    intensity_range = image.amax(dim=dims, keepdim=True) - image.amin(dim=dims, keepdim=True)  # (B, C, 1...)
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))
+
+    noise = torch.randn(*image.shape, 2, generator=generator, device=image.device)
+    noise = torch.view_as_complex(noise.mul_((weight * (sigma * intensity_range))[..., None]))
+    if motion is None:  # the transform is linear: the image itself need not go to k-space
+        return kspace.magnitude(kspace.to_image(noise) + image)
+    signal = kspace.to_kspace(image) * motion.kspace_factor(image, spacing)
+    return kspace.magnitude(kspace.to_image(signal + noise))
+
+
+def _uniform(bounds: tuple[float, float], *shape: int, generator: torch.Generator | None, device) -> Tensor:
+    low, high = bounds
+    return torch.rand(*shape, generator=generator, device=device) * (high - low) + low
+
+
+class NoiseSampler:
+    """Draws the parameters of :func:`frequency_weighted_noise` for every sample of a batch, and applies it.
+
+    A range is ``(low, high)``, drawn uniformly for each sample, or one number. Whether a batch moves at all and its
+    phase-encode axis are drawn once a batch.
+
+    Args:
+        sigma: standard deviation of the thermal noise, a fraction of the intensity range.
+        alpha: exponent of its frequency weight.
+        eps0: see :func:`noise_weight`.
+        motion_prob: probability of physiological motion, 0 to 1.
+        breathing: peak displacement by breathing (0.2 to 0.35 Hz), mm.
+        heartbeat: peak displacement by the heartbeat (0.9 to 1.6 Hz), mm.
+        modulation: relative modulation of the signal, 0 to 1; half of it by each of the two.
+        repetition_time: time between two phase-encode lines, s.
+
+    Raises:
+        ValueError: if a range is not ordered or leaves what is physical.
+    """
+
+    BREATHING_HZ = (0.2, 0.35)
+    HEARTBEAT_HZ = (0.9, 1.6)
+
+    def __init__(
+        self,
+        sigma: float | tuple[float, float] = (0.0, 0.1),
+        alpha: float | tuple[float, float] = (0.0, 1.0),
+        eps0: float = 0.1,
+        motion_prob: float = 0.5,
+        breathing: float | tuple[float, float] = (0.0, 1.0),
+        heartbeat: float | tuple[float, float] = (0.0, 0.3),
+        modulation: float | tuple[float, float] = (0.0, 0.1),
+        repetition_time: float | tuple[float, float] = (0.3, 2.0),
+    ) -> None:
+        if not 0 <= motion_prob <= 1:
+            raise ValueError(f"motion_prob must be in [0, 1], got {motion_prob}.")
+        self.sigma = _range("sigma", sigma, 0, 1)
+        self.alpha = _range("alpha", alpha, -4, 4)
+        self.eps0 = eps0
+        self.motion_prob = motion_prob
+        self.breathing = _range("breathing", breathing, 0, 100)
+        self.heartbeat = _range("heartbeat", heartbeat, 0, 100)
+        self.modulation = _range("modulation", modulation, 0, 1)
+        self.repetition_time = _range("repetition_time", repetition_time, 0, 60)
+
+    def __call__(
+        self,
+        image: Tensor,
+        spacing: Sequence[float] | Tensor | None,
+        generator: torch.Generator | None,
+        random_state: np.random.RandomState,
+    ) -> Tensor:
+        """Noisy magnitude images ``(B, C, *S)``.
+
+        Args:
+            image: clean magnitude images ``(B, C, *S)``.
+            spacing: mm, see :func:`frequency_weighted_noise`.
+            generator: on the image's device, for what is drawn for each sample.
+            random_state: for what is drawn once a batch.
+        """
+        draw = dict(generator=generator, device=image.device)
+        moves, axis = random_state.random_sample() < self.motion_prob, int(random_state.randint(image.ndim - 2))
+        n = image.shape[0]
+        motion = None
+        if moves:
+            peak = torch.stack([_uniform(self.breathing, n, **draw), _uniform(self.heartbeat, n, **draw)], dim=1)
+            direction = torch.randn(n, 2, image.ndim - 2, **draw)
+            hertz = [_uniform(self.BREATHING_HZ, n, **draw), _uniform(self.HEARTBEAT_HZ, n, **draw)]
+            motion = PhysiologicalMotion(
+                displacement=peak[..., None] * torch.nn.functional.normalize(direction, dim=-1),
+                frequency=torch.stack(hertz, dim=1),
+                phase=_uniform((0, 2 * math.pi), n, 2, **draw),
+                repetition_time=_uniform(self.repetition_time, n, **draw),
+                modulation=_uniform(self.modulation, n, 2, **draw) / 2,
+                axis=axis,
+            )
+        return frequency_weighted_noise(
+            image,
+            sigma=_uniform(self.sigma, n, **draw),
+            alpha=_uniform(self.alpha, n, **draw),
+            spacing=spacing,
+            motion=motion,
+            eps0=self.eps0,
+            generator=generator,
+        )
+
+
+def _range(name: str, value: float | Sequence[float], low: float, high: float) -> tuple[float, float]:
+    bounds = (value, value) if np.isscalar(value) else tuple(value)
+    if len(bounds) != 2 or not low <= bounds[0] <= bounds[1] <= high:
+        raise ValueError(f"{name} must be a number or (low, high) within [{low}, {high}], got {value!r}.")
+    return float(bounds[0]), float(bounds[1])
+
+
+class RandFrequencyWeightedNoise(RandomizableTransform):
+    """Frequency-weighted FFT noise on one magnitude image ``(C, *S)``; spacing is read from a MetaTensor.
+
+    Args:
+        prob: probability of applying it.
+        kwargs: ranges, see :class:`NoiseSampler`.
+
+    Raises:
+        ValueError: on an image with negative values: a magnitude image has none, so put this before z-scoring.
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(self, prob: float = 1.0, **kwargs) -> None:
+        RandomizableTransform.__init__(self, prob)
+        self.sampler = NoiseSampler(**kwargs)
+        self._seed = 0
+
+    def randomize(self, data=None) -> None:
+        super().randomize(None)
+        self._seed = int(self.R.randint(2**31))
+
+    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
+        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
+        if randomize:
+            self.randomize()
+        if not self._do_transform:
+            return img
+        if img.min() < 0:
+            raise ValueError(
+                f"{type(self).__name__} got an image with values down to {float(img.min()):.3g}; a magnitude image has "
+                "none below 0: apply it before z-scoring, after scaling to [0, 1]."
+            )
+        generator = torch.Generator(img.device).manual_seed(self._seed)
+        noisy = self.sampler(
+            img.as_subclass(Tensor)[None], spacing_of(img), generator, np.random.RandomState(self._seed)
+        )[0]
+        return convert_to_dst_type(noisy, img)[0]
+
+
+def spacing_of(img: Tensor) -> Tensor | None:
+    """Voxel spacing in mm of one channel-first image, ``(len(S),)``, from its affine; None if it has none."""
+    return img.pixdim[: img.ndim - 1] if isinstance(img, MetaTensor) else None
+
+
+class RandFrequencyWeightedNoised(RandomizableTransform, MapTransform):
+    """Dictionary twin of :class:`RandFrequencyWeightedNoise`; each key gets noise of its own.
+
+    Args:
+        keys: entries to corrupt.
+        prob: probability of applying it, drawn once for all keys.
+        allow_missing_keys: do not raise if a key is missing.
+        kwargs: see :class:`NoiseSampler`.
+    """
+
+    backend = RandFrequencyWeightedNoise.backend
+
+    def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+        self.noise = RandFrequencyWeightedNoise(prob=1.0, **kwargs)
+
+    def set_random_state(self, seed=None, state=None) -> RandFrequencyWeightedNoised:
+        super().set_random_state(seed, state)
+        self.noise.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        d = dict(data)
+        self.randomize(None)
+        for key in self.key_iterator(d):
+            untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
+            d[key] = self.noise(untouched) if self._do_transform else untouched
+        return d
