@@ -1,0 +1,105 @@
+"""The pretraining loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from monai.utils import ensure_tuple_rep
+from torch import Tensor, nn
+
+from . import kspace
+from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
+
+__all__ = ["MaskedReconstructionLoss", "normalize_patches"]
+
+
+def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each patch ``(B, N, P)`` less its mean, over its standard deviation; returns the patches, the means and the deviations."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    std = (patches.var(dim=-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+class MaskedReconstructionLoss(nn.Module):
+    """Mean squared error of predicted patches against the clean image.
+
+    ``loss = mse(masked) + visible_weight * mse(visible) + spectral_weight * spectral``
+
+    The spectral term is the energy of the error over the masked patches, weighed in k-space by the high-pass
+    ``W(rho) = rho ** spectral_gamma`` of :func:`sspformer.kspace.highpass`; were ``W`` 1 everywhere, it would be the first term again (Parseval).
+
+    Args:
+        patch_size: voxels along each spatial axis, or one number for all.
+        spatial_dims: 2 or 3.
+        visible_weight: weight of the visible patches (denoising), 0 or more. Above 0 they must be among the predicted ones.
+        spectral_weight: weight of the spectral term, 0 or more.
+        spectral_gamma: exponent of its high-pass.
+        normalize_target: predict each patch less its own mean, over its own standard deviation (He et al., arXiv 2111.06377).
+
+    Raises:
+        ValueError: if a weight is negative.
+    """
+
+    def __init__(
+        self,
+        patch_size: Sequence[int] | int,
+        spatial_dims: int = 3,
+        visible_weight: float = 0.0,
+        spectral_weight: float = 0.0,
+        spectral_gamma: float = 1.0,
+        normalize_target: bool = False,
+    ) -> None:
+        super().__init__()
+        if visible_weight < 0 or spectral_weight < 0:
+            raise ValueError(
+                f"weights of the loss must be 0 or more, got visible_weight={visible_weight}, spectral_weight={spectral_weight}."
+            )
+        self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
+        self.visible_weight = visible_weight
+        self.spectral_weight = spectral_weight
+        self.spectral_gamma = spectral_gamma
+        self.normalize_target = normalize_target
+
+    def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            pred: predicted patches ``(B, M, P)``: the masked ones, followed by the visible ones where ``visible_weight`` is above 0.
+            target: ``image``, the clean image ``(B, C, *S)``; ``mask``, indices of the masked patches ``(B, M)``; ``keep``, of the
+                visible ones ``(B, K)``; and, for the spectral term, ``spacing`` in mm ``(B, len(S))``.
+
+        Raises:
+            ValueError: if the number of predicted patches is not what the weights need.
+        """
+        index, n_mask = target["mask"], target["mask"].shape[1]
+        if self.visible_weight > 0:
+            index = torch.cat([index, target["keep"]], dim=1)
+        if pred.shape[1] != index.shape[1]:
+            raise ValueError(
+                f"got {pred.shape[1]} predicted patches for {index.shape[1]} targets; with visible_weight above 0 the "
+                "visible patches must be predicted too (predict_visible of the batch preparation), otherwise not."
+            )
+        image = pad_to_patches(target["image"].float(), self.patch_size)
+        clean = gather_tokens(patchify(image, self.patch_size), index)
+        if self.normalize_target:
+            clean, *_ = normalize_patches(clean)
+        error = pred.float() - clean
+
+        loss = error[:, :n_mask].square().mean()
+        if self.visible_weight > 0:
+            loss = loss + self.visible_weight * error[:, n_mask:].square().mean()
+        if self.spectral_weight > 0:
+            loss = loss + self.spectral_weight * self.spectral(
+                error[:, :n_mask], target["mask"], image, target["spacing"]
+            )
+        return loss
+
+    def spectral(self, error: Tensor, index: Tensor, image: Tensor, spacing: Tensor) -> Tensor:
+        """High-pass energy of the error ``(B, M, P)`` of the masked patches, put back in their places; per voxel of them."""
+        grid = [side // patch for side, patch in zip(image.shape[2:], self.patch_size)]
+        patches = error.new_zeros(error.shape[0], int(torch.tensor(grid).prod()), error.shape[2])
+        patches = patches.scatter(1, index[..., None].expand_as(error), error)
+        volume = unpatchify(patches, grid, self.patch_size)
+        weight = kspace.highpass(kspace.radial_frequency(volume, spacing, half=True), self.spectral_gamma)
+        return kspace.filter_image(volume, weight).square().sum() / error.numel()

@@ -1,0 +1,156 @@
+"""Layers of the transformer: patches, axial rotary position encoding, attention and blocks.
+
+MONAI's own ``TransformerBlock`` fixes the image size in its position embedding and computes attention weights explicitly unless asked
+otherwise; these take any token grid and go through ``scaled_dot_product_attention``, which picks the fastest kernel of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["pad_to_patches", "patchify", "unpatchify", "gather_tokens", "RotaryPosition", "Attention", "Block"]
+
+
+def pad_to_patches(image: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Repeat the last voxels of ``(B, C, *S)`` until every side is a multiple of the patch."""
+    missing = [-side % patch for side, patch in zip(image.shape[2:], patch_size)]
+    if not any(missing):
+        return image
+    return F.pad(image, [p for side in reversed(missing) for p in (0, side)], mode="replicate")
+
+
+def patchify(image: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """``(B, C, *S)``, sides multiples of the patch -> patches ``(B, N, C * prod(patch_size))``, last axis of the grid fastest."""
+    b, c = image.shape[:2]
+    grid = [side // patch for side, patch in zip(image.shape[2:], patch_size)]
+    n = len(grid)
+    split = image.reshape(b, c, *[side for pair in zip(grid, patch_size) for side in pair])  # B C g0 p0 g1 p1 ...
+    order = [0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)]  # B g0 g1 ... C p0 p1 ...
+    return split.permute(order).reshape(b, -1, c * _product(patch_size))
+
+
+def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """Inverse of :func:`patchify` for a token grid ``grid``: ``(B, N, C * prod(patch_size))`` -> ``(B, C, *S)``."""
+    b, n = patches.shape[0], len(grid)
+    split = patches.reshape(b, *grid, -1, *patch_size)  # B g0 g1 ... C p0 p1 ...
+    order = [0, n + 1, *[i for axis in range(n) for i in (1 + axis, n + 2 + axis)]]
+    return split.permute(order).reshape(b, -1, *[g * p for g, p in zip(grid, patch_size)])
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``(B, N, D)`` at ``index`` (B, K) -> ``(B, K, D)``."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+class RotaryPosition(nn.Module):
+    """Axial rotary position encoding (RoPE) of a 2D or 3D token grid: no parameters, any grid size.
+
+    Each spatial axis turns its share of the channel pairs of queries and keys by angles proportional to the token's coordinate, so that
+    attention sees relative positions only. Pairs left over are not turned.
+    After Su et al., "RoFormer", arXiv 2104.09864, and its axial form for images, Heo et al., arXiv 2403.13298.
+
+    Args:
+        head_dim: channels of an attention head, even and at least ``2 * spatial_dims``.
+        spatial_dims: 2 or 3.
+        base: the slowest pair turns ``base`` times slower than the fastest.
+    """
+
+    def __init__(self, head_dim: int, spatial_dims: int, base: float = 100.0) -> None:
+        super().__init__()
+        pairs = head_dim // (2 * spatial_dims)
+        if head_dim % 2 or pairs == 0:
+            raise ValueError(f"head_dim must be even and at least {2 * spatial_dims}, got {head_dim}.")
+        frequency = torch.zeros(spatial_dims, head_dim // 2)
+        for axis in range(spatial_dims):
+            frequency[axis, axis * pairs : (axis + 1) * pairs] = base ** (-torch.arange(pairs) / pairs)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, grid: Sequence[int]) -> Tensor:
+        """Cosines and sines for every token of ``grid``: ``(2, N, head_dim // 2)``, float32."""
+        axes = [torch.arange(side, device=self.frequency.device, dtype=torch.float32) for side in grid]
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
+        angle = coordinates @ self.frequency
+        return torch.stack([angle.cos(), angle.sin()])
+
+
+def select_positions(rotation: Tensor, index: Tensor) -> Tensor:
+    """Rotations ``(2, N, P)`` at ``index`` (B, K) -> ``(2, B, 1, K, P)``, to broadcast over attention heads."""
+    return rotation[:, index].unsqueeze(2)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the channel pairs of ``x`` (B, heads, N, head_dim) by ``rotation`` (2, ..., N, head_dim // 2)."""
+    cos, sin = rotation.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; self-attention, or cross-attention when ``context`` is given.
+
+    Args:
+        dim: channels of the tokens, a multiple of ``num_heads``.
+        num_heads: attention heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}.")
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, context: Tensor | None = None, context_rotation: Tensor | None = None
+    ) -> Tensor:
+        """``x`` (B, N, D) attends to itself, or to ``context`` (B, K, D); returns ``(B, N, D)``."""
+        context, context_rotation = (x, rotation) if context is None else (context, context_rotation)
+        q = self._heads(self.q(x))
+        k, v = (self._heads(part) for part in self.kv(context).chunk(2, dim=-1))
+        out = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, context_rotation), v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then a two-layer perceptron with GELU, each with a residual connection.
+
+    Args:
+        dim: channels of the tokens.
+        num_heads: attention heads.
+        mlp_ratio: hidden channels of the perceptron over ``dim``.
+        cross: attend to a context of visible tokens instead of to the tokens themselves.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, cross: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm_context = nn.LayerNorm(dim) if cross else None
+        self.attention = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, context: Tensor | None = None, context_rotation: Tensor | None = None
+    ) -> Tensor:
+        """Tokens ``(B, N, D)`` -> ``(B, N, D)``."""
+        if context is not None:
+            context = self.norm_context(context)
+        x = x + self.attention(self.norm1(x), rotation, context, context_rotation)
+        return x + self.mlp(self.norm2(x))
