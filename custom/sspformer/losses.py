@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +16,8 @@ __all__ = ["MaskedReconstructionLoss", "normalize_patches"]
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch ``(B, N, P)`` less its mean, over its standard deviation; returns the patches, the means and the deviations."""
+    """Each patch ``(B, N, P)`` less its mean, over its standard deviation; returns the patches, the means and the
+    deviations."""
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
@@ -27,15 +29,18 @@ class MaskedReconstructionLoss(nn.Module):
     ``loss = mse(masked) + visible_weight * mse(visible) + spectral_weight * spectral``
 
     The spectral term is the energy of the error over the masked patches, weighed in k-space by the high-pass
-    ``W(rho) = rho ** spectral_gamma`` of :func:`sspformer.kspace.highpass`; were ``W`` 1 everywhere, it would be the first term again (Parseval).
+    ``W(rho) = rho ** spectral_gamma`` of :func:`sspformer.kspace.highpass`; were ``W`` 1 everywhere, it would be the
+    first term again (Parseval).
 
     Args:
         patch_size: voxels along each spatial axis, or one number for all.
         spatial_dims: 2 or 3.
-        visible_weight: weight of the visible patches (denoising), 0 or more. Above 0 they must be among the predicted ones.
+        visible_weight: weight of the visible patches (denoising), 0 or more. Above 0 they must be among the predicted
+            ones.
         spectral_weight: weight of the spectral term, 0 or more.
         spectral_gamma: exponent of its high-pass.
-        normalize_target: predict each patch less its own mean, over its own standard deviation (He et al., arXiv 2111.06377).
+        normalize_target: predict each patch less its own mean, over its own standard deviation (He et al., arXiv
+            2111.06377).
 
     Raises:
         ValueError: if a weight is negative.
@@ -53,7 +58,8 @@ class MaskedReconstructionLoss(nn.Module):
         super().__init__()
         if visible_weight < 0 or spectral_weight < 0:
             raise ValueError(
-                f"weights of the loss must be 0 or more, got visible_weight={visible_weight}, spectral_weight={spectral_weight}."
+                "weights of the loss must be 0 or more, got "
+                f"visible_weight={visible_weight}, spectral_weight={spectral_weight}."
             )
         self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
         self.visible_weight = visible_weight
@@ -65,9 +71,10 @@ class MaskedReconstructionLoss(nn.Module):
         """The loss, a scalar.
 
         Args:
-            pred: predicted patches ``(B, M, P)``: the masked ones, followed by the visible ones where ``visible_weight`` is above 0.
-            target: ``image``, the clean image ``(B, C, *S)``; ``mask``, indices of the masked patches ``(B, M)``; ``keep``, of the
-                visible ones ``(B, K)``; and, for the spectral term, ``spacing`` in mm ``(B, len(S))``.
+            pred: predicted patches ``(B, M, P)``: the masked ones, followed by the visible ones where
+                ``visible_weight`` is above 0.
+            target: ``image``, the clean image ``(B, C, *S)``; ``mask``, indices of the masked patches ``(B, M)``;
+                ``keep``, of the visible ones ``(B, K)``; and, for the spectral term, ``spacing`` in mm ``(B, len(S))``.
 
         Raises:
             ValueError: if the number of predicted patches is not what the weights need.
@@ -96,9 +103,10 @@ class MaskedReconstructionLoss(nn.Module):
         return loss
 
     def spectral(self, error: Tensor, index: Tensor, image: Tensor, spacing: Tensor) -> Tensor:
-        """High-pass energy of the error ``(B, M, P)`` of the masked patches, put back in their places; per voxel of them."""
+        """High-pass energy of the error ``(B, M, P)`` of the masked patches, put back in their places; per voxel of
+        them."""
         grid = [side // patch for side, patch in zip(image.shape[2:], self.patch_size)]
-        patches = error.new_zeros(error.shape[0], int(torch.tensor(grid).prod()), error.shape[2])
+        patches = error.new_zeros(error.shape[0], math.prod(grid), error.shape[2])
         patches = patches.scatter(1, index[..., None].expand_as(error), error)
         volume = unpatchify(patches, grid, self.patch_size)
         weight = kspace.highpass(kspace.radial_frequency(volume, spacing, half=True), self.spectral_gamma)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
@@ -43,7 +43,8 @@ class SSPFormerEncoder(nn.Module):
         num_heads: attention heads, in place of the preset's.
 
     Raises:
-        ValueError: if ``size`` is unknown, ``spatial_dims`` is neither 2 nor 3, or ``dim`` does not divide by ``num_heads``.
+        ValueError: if ``size`` is unknown, ``spatial_dims`` is neither 2 nor 3, or ``dim`` does not divide by
+        ``num_heads``.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class SSPFormerEncoder(nn.Module):
         depth = depth or preset["depth"]
         num_heads = num_heads or preset["num_heads"]
 
-        voxels = int(torch.tensor(self.patch_size).prod()) * in_channels
+        voxels = math.prod(self.patch_size) * in_channels
         self.patch_embedding = nn.Linear(voxels, self.dim)
         self.position = RotaryPosition(self.dim // num_heads, spatial_dims)
         self.blocks = nn.ModuleList(Block(self.dim, num_heads) for _ in range(depth))

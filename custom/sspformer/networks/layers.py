@@ -1,11 +1,13 @@
 """Layers of the transformer: patches, axial rotary position encoding, attention and blocks.
 
-MONAI's own ``TransformerBlock`` fixes the image size in its position embedding and computes attention weights explicitly unless asked
-otherwise; these take any token grid and go through ``scaled_dot_product_attention``, which picks the fastest kernel of the device.
+MONAI's own ``TransformerBlock`` fixes the image size in its position embedding and computes attention weights
+explicitly unless asked otherwise; these take any token grid and go through ``scaled_dot_product_attention``, which
+picks the fastest kernel of the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,13 +26,14 @@ def pad_to_patches(image: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 
 def patchify(image: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """``(B, C, *S)``, sides multiples of the patch -> patches ``(B, N, C * prod(patch_size))``, last axis of the grid fastest."""
+    """``(B, C, *S)``, sides multiples of the patch -> patches ``(B, N, C * prod(patch_size))``, last axis of the grid
+    fastest."""
     b, c = image.shape[:2]
     grid = [side // patch for side, patch in zip(image.shape[2:], patch_size)]
     n = len(grid)
     split = image.reshape(b, c, *[side for pair in zip(grid, patch_size) for side in pair])  # B C g0 p0 g1 p1 ...
     order = [0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)]  # B g0 g1 ... C p0 p1 ...
-    return split.permute(order).reshape(b, -1, c * _product(patch_size))
+    return split.permute(order).reshape(b, -1, c * math.prod(patch_size))
 
 
 def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
@@ -41,13 +44,6 @@ def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) 
     return split.permute(order).reshape(b, -1, *[g * p for g, p in zip(grid, patch_size)])
 
 
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
-
-
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens ``(B, N, D)`` at ``index`` (B, K) -> ``(B, K, D)``."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -56,8 +52,8 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 class RotaryPosition(nn.Module):
     """Axial rotary position encoding (RoPE) of a 2D or 3D token grid: no parameters, any grid size.
 
-    Each spatial axis turns its share of the channel pairs of queries and keys by angles proportional to the token's coordinate, so that
-    attention sees relative positions only. Pairs left over are not turned.
+    Each spatial axis turns its share of the channel pairs of queries and keys by angles proportional to the token's
+    coordinate, so that attention sees relative positions only. Pairs left over are not turned.
     After Su et al., "RoFormer", arXiv 2104.09864, and its axial form for images, Heo et al., arXiv 2403.13298.
 
     Args:

@@ -16,9 +16,10 @@ __all__ = ["MaskedAutoencoder"]
 class MaskedAutoencoder(nn.Module):
     """Encode the visible patches of a noisy image, predict the masked patches of the clean one (METHOD.md, "Network").
 
-    The masked autoencoder of He et al. (arXiv 2111.06377) with the decoder of Fu et al. ("CrossMAE", arXiv 2401.14391): every
-    patch to predict is a mask token that attends to the visible tokens, not to the other mask tokens. In 3D, where the patches are many, a
-    decoder over all tokens costs more than the encoder; this one does not, and predicts only what is asked for.
+    The masked autoencoder of He et al. (arXiv 2111.06377) with the decoder of Fu et al. ("CrossMAE", arXiv 2401.14391):
+    every patch to predict is a mask token that attends to the visible tokens, not to the other mask tokens. In 3D,
+    where the patches are many, a decoder over all tokens costs more than the encoder; this one does not, and predicts
+    only what is asked for.
 
     Args:
         spatial_dims: 2 or 3.

@@ -1,0 +1,313 @@
+"""Ignite handlers that MONAI does not have: seeds for each epoch, gradient clipping, checkpoints that survive a kill,
+pictures and curves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers.tqdm_logger import ProgressBar
+from monai.engines.utils import IterationEvents
+from monai.handlers import CheckpointLoader
+
+from .visualize import curves, figure_to_array, reconstruction_panel
+
+__all__ = [
+    "EpochProgress",
+    "GradientClipping",
+    "History",
+    "LoadCheckpoint",
+    "ReconstructionPanel",
+    "SaveCheckpoint",
+    "SaveEncoder",
+    "SeedEpoch",
+    "find_checkpoint",
+    "save_atomically",
+]
+
+logger = logging.getLogger("sspformer")
+
+
+def save_atomically(content: Any, path: str | os.PathLike) -> None:
+    """``torch.save`` beside the file, then rename: a kill leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save(content, part)
+    os.replace(part, path)
+
+
+class SeedEpoch:
+    """Start every random source anew at each epoch, from the seed and the epoch's number.
+
+    What an epoch draws then depends on nothing before it, so a run that was killed and resumed at an epoch's start
+    draws what an unkilled one draws.
+
+    Args:
+        seed: of the run.
+        randomizables: what has MONAI's ``set_random_state``, and datasets, whose ``transform`` has it.
+        same_every_epoch: the same draws each time, for validation; the global sources are then left alone.
+    """
+
+    def __init__(self, seed: int, randomizables: Sequence[Any] = (), same_every_epoch: bool = False) -> None:
+        self.seed, self.randomizables, self.same_every_epoch = seed, randomizables, same_every_epoch
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        seed = self.seed
+        if not self.same_every_epoch:
+            seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+        for randomizable in self.randomizables:
+            getattr(randomizable, "transform", randomizable).set_random_state(seed=seed)
+
+
+class GradientClipping:
+    """Clip the norm of all gradients together after each backward pass.
+
+    Args:
+        network: whose gradients.
+        max_norm: above 0.
+    """
+
+    def __init__(self, network: torch.nn.Module, max_norm: float = 1.0) -> None:
+        if max_norm <= 0:
+            raise ValueError(f"max_norm must be above 0, got {max_norm}.")
+        self.network, self.max_norm = network, max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class EpochProgress(ProgressBar):
+    """A progress bar over the epochs of the run, with the loss and the time left."""
+
+    def attach(self, engine: Engine) -> None:  # type: ignore[override]
+        super().attach(
+            engine,
+            event_name=Events.EPOCH_COMPLETED,
+            closing_event_name=Events.COMPLETED,
+            state_attributes=["train_loss"],
+        )
+
+
+class LoadCheckpoint(CheckpointLoader):
+    """MONAI's ``CheckpointLoader`` that restores the trainer's own state (epoch and iteration) as well."""
+
+    def __call__(self, engine: Engine) -> None:
+        self.load_dict = {**self.load_dict, "trainer": engine}
+        super().__call__(engine)
+
+
+class SaveCheckpoint:
+    """Write the whole state of the training after each epoch, atomically, to one file that :class:`LoadCheckpoint`
+    reads.
+
+    MONAI's ``CheckpointSaver`` writes in place: a kill at the wrong moment would leave nothing to resume from.
+
+    Args:
+        path: of the file.
+        save_dict: name to object with ``state_dict``; the trainer's own state joins them.
+        interval: epochs between two writes; the last epoch is always written.
+    """
+
+    def __init__(self, path: str, save_dict: Mapping[str, Any], interval: int = 1) -> None:
+        self.path, self.save_dict, self.interval = path, save_dict, interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            objects = {**self.save_dict, "trainer": engine}
+            save_atomically({name: obj.state_dict() for name, obj in objects.items()}, self.path)
+
+
+class SaveEncoder:
+    """Write the encoder alone, a plain state dict that loads with ``weights_only=True``, as often as checkpoints.
+
+    Args:
+        network: the masked autoencoder.
+        path: of the file, usually ``models/pretrained/encoder.pt``.
+        interval: epochs between two writes; the last epoch is always written.
+    """
+
+    def __init__(self, network: torch.nn.Module, path: str, interval: int = 1) -> None:
+        self.network, self.path, self.interval = network, path, interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            encoder = getattr(self.network, "module", self.network).encoder
+            save_atomically({name: value.detach().cpu() for name, value in encoder.state_dict().items()}, self.path)
+
+
+class History:
+    """One row an epoch in ``history.csv``, and curves of it in ``pictures/curves.png``.
+
+    The training loss is summed on the device and read once an epoch. A resumed run drops the rows of epochs that it
+    repeats.
+
+    Args:
+        output_dir: where the files go.
+        evaluator: whose metrics join the row, if it ran in this epoch.
+        attributes: name to function without arguments, for more columns (learning rate, beta).
+        summary_writer: TensorBoard writer that gets the columns as scalars too, or None.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        evaluator: Engine | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        summary_writer=None,
+    ) -> None:
+        self.directory = Path(output_dir)
+        self.evaluator = evaluator
+        self.attributes = dict(attributes or {})
+        self.writer = summary_writer
+        self.rows: list[dict[str, float]] = []
+        self._validated_epoch = 0
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "history.csv"
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.accumulate)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.COMPLETED, self.validated, engine)
+
+    def load(self, engine: Engine) -> None:
+        self.rows = []
+        if engine.state.epoch > 0 and self.path.is_file():
+            with self.path.open(newline="") as file:
+                rows = [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+            self.rows = [row for row in rows if row["epoch"] <= engine.state.epoch]
+
+    def reset(self, engine: Engine) -> None:
+        self._loss: torch.Tensor | float = 0.0
+        self._batches = 0
+
+    def accumulate(self, engine: Engine) -> None:
+        self._loss = self._loss + engine.state.output["loss"].detach()
+        self._batches += 1
+
+    def validated(self, evaluator: Engine, trainer: Engine) -> None:
+        self._validated_epoch = trainer.state.epoch
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        loss = float(self._loss) / max(self._batches, 1)
+        engine.state.train_loss = loss
+        row: dict[str, float] = {"epoch": epoch, "iteration": engine.state.iteration, "train_loss": loss}
+        row.update({name: float(value()) for name, value in self.attributes.items()})
+        if self.evaluator is not None and self._validated_epoch == epoch:
+            row.update({name: float(value) for name, value in self.evaluator.state.metrics.items()})
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} in epoch {epoch}: lower the learning rate, or look at the scans of this run in "
+                "scans.csv; the checkpoint of the epoch before is kept."
+            )
+        self.rows.append(row)
+        self.write()
+        if self.writer is not None:
+            for name, value in row.items():
+                if name not in ("epoch", "iteration"):
+                    self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
+        message = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+        logger.info(f"epoch {epoch}/{engine.state.max_epochs}: {message}")
+
+    def write(self) -> None:
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            table = csv.DictWriter(file, names, restval="")
+            table.writeheader()
+            table.writerows(self.rows)
+        os.replace(part, self.path)
+        pictures = self.directory / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        curves(self.rows).savefig(pictures / "curves.png", dpi=100)
+
+
+class ReconstructionPanel:
+    """A PNG panel a validation, ``pictures/epoch_0010.png``, and the same picture in TensorBoard; for the evaluator.
+
+    Args:
+        output_dir: the panels go to its ``pictures``.
+        n_images: rows at the most, taken from the first batch.
+        summary_writer: TensorBoard writer, or None.
+    """
+
+    def __init__(self, output_dir: str, n_images: int = 4, summary_writer=None) -> None:
+        self.directory = Path(output_dir) / "pictures"
+        self.n_images = n_images
+        self.writer = summary_writer
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch  # MONAI's ValidationHandler hands over the trainer's
+        figure = reconstruction_panel(engine.state.output, self.n_images, engine.state.batch.get("name"))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.directory / f"epoch_{epoch:04d}.png", dpi=100)
+        if self.writer is not None:
+            self.writer.add_image("reconstruction", figure_to_array(figure), epoch, dataformats="HWC")
+
+
+def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str | None:
+    """The checkpoint to resume from, or None to start afresh; writes ``settings`` beside it for the next time.
+
+    Args:
+        path: of the checkpoint in the output folder.
+        resume: False: start afresh even if there is one; it is overwritten at the end of the first epoch.
+        settings: what must be the same for a run to be resumed, as JSON holds it (network, seed, data, ...).
+
+    Raises:
+        ValueError: if the checkpoint belongs to a run with other settings, naming them.
+    """
+    record = Path(path).with_suffix(".json")
+    settings = json.loads(json.dumps(settings))
+    if resume and os.path.isfile(path):
+        before = json.loads(record.read_text()) if record.is_file() else settings
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            details = [f"{name}: {_short(before.get(name))} then, {_short(settings[name])} now" for name in changed]
+            raise ValueError(
+                f"{path} belongs to a run with other settings ({'; '.join(details)}). Give this run an --output_dir of its own, or pass --resume false to start afresh in this one."
+            )
+        logger.info(f"going on from {path}; pass --resume false to start afresh")
+        return path
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=4) + "\n")
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
