@@ -232,6 +232,8 @@ class History:
             )
         self.rows.append(row)
         self.write()
+        if self._validated_epoch == epoch or epoch == engine.state.max_epochs:
+            self.draw()
         if self.writer is not None:
             for name, value in row.items():
                 if name not in ("epoch", "iteration"):
@@ -249,6 +251,8 @@ class History:
             table.writeheader()
             table.writerows(self.rows)
         os.replace(part, self.path)
+
+    def draw(self) -> None:
         pictures = self.directory / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
         curves(self.rows).savefig(pictures / "curves.png", dpi=100)

@@ -61,6 +61,14 @@ def test_rotary_attention_depends_on_relative_position_only(grid):
     assert scores(rotation).std() > 1e-2  # and it does depend on it
 
 
+def test_rotations_are_exact_under_autocast():
+    position = RotaryPosition(head_dim=64, spatial_dims=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = position((32, 32, 32))
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, position((32, 32, 32)), atol=1e-6, rtol=0)
+
+
 def test_attention_equals_the_formula():
     torch.manual_seed(0)
     attention = Attention(24, 2)

@@ -76,7 +76,7 @@ class RotaryPosition(nn.Module):
         """Cosines and sines for every token of ``grid``: ``(2, N, head_dim // 2)``, float32."""
         axes = [torch.arange(side, device=self.frequency.device, dtype=torch.float32) for side in grid]
         coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
-        angle = coordinates @ self.frequency
+        angle = (coordinates[:, :, None] * self.frequency).sum(dim=1)  # not a matmul: autocast would round it
         return torch.stack([angle.cos(), angle.sin()])
 
 

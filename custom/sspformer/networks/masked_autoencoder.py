@@ -60,6 +60,7 @@ class MaskedAutoencoder(nn.Module):
         for module in (self.decoder_embedding, self.decoder_blocks, self.head):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)  # start near zero, not with an error larger than the image
 
     def forward(self, image: Tensor, ids_keep: Tensor, ids_predict: Tensor) -> Tensor:
         """Predict patches of the clean image.

@@ -1,0 +1,95 @@
+"""Time of the noise transform on a whole volume, against the k-space transforms of MONAI and TorchIO, on the CPU.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/transform_speed.py
+
+Each contender is called as a user calls it, at its defaults, always applied (``prob=1``), on one float32 volume of
+128 x 128 x 128 voxels: a MetaTensor for ours and MONAI's, a ScalarImage for TorchIO's (whose transforms copy it first).
+They do not compute the same: ours adds thermal noise and periodic motion (``RandFrequencyWeightedNoise``), MONAI's cut
+off high frequencies (``RandGibbsNoise``) or add a spike (``RandKSpaceSpikeNoise``; ``KSpaceSpikeNoise`` does the work),
+TorchIO's dampen every n-th plane of k-space (``RandomGhosting``) or compose k-space of a few poses (``RandomMotion``,
+which resamples the volume twice by SimpleITK). The comparison says what a data loader pays for each.
+
+Once for every number of threads (``--threads``): of PyTorch, and of SimpleITK, which has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import SimpleITK
+import torch
+import torchio
+from _common import (
+    argument_parser,
+    facts,
+    print_table,
+    quartiles,
+    range_text,
+    time_alternating,
+    warn_if_busy,
+    write_csv,
+)
+from monai.data import MetaTensor
+from monai.transforms import RandGibbsNoise, RandKSpaceSpikeNoise
+
+from sspformer.transforms import RandFrequencyWeightedNoise
+
+REFERENCE = "ours, with motion"
+
+
+def make_contenders(size: int) -> dict[str, Callable[[], object]]:
+    """The transforms, each with its volume ``(1, size, size, size)``."""
+    voxels = torch.rand(1, size, size, size, generator=torch.Generator().manual_seed(0))
+    volume = MetaTensor(voxels, affine=torch.eye(4))
+    scan = torchio.ScalarImage(tensor=voxels.clone())
+    transforms = {
+        REFERENCE: RandFrequencyWeightedNoise(prob=1.0, motion_prob=1.0),
+        "ours, without motion": RandFrequencyWeightedNoise(prob=1.0, motion_prob=0.0),
+        "MONAI RandGibbsNoise": RandGibbsNoise(prob=1.0),
+        "MONAI RandKSpaceSpikeNoise": RandKSpaceSpikeNoise(prob=1.0),
+    }
+    for transform in transforms.values():
+        transform.set_random_state(0)
+    calls = {name: lambda transform=transform: transform(volume) for name, transform in transforms.items()}
+    for transform in (torchio.RandomGhosting(), torchio.RandomMotion()):
+        calls[f"TorchIO {type(transform).__name__}"] = lambda transform=transform: transform(scan)
+    return calls
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, "transform_speed", rounds=30)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
+    parser.add_argument("--size", type=int, default=128, help="voxels of a side (default: %(default)s)")
+    args = parser.parse_args()
+    warn_if_busy()
+
+    torch.manual_seed(0)
+    contenders = make_contenders(args.size)
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+        seconds = time_alternating(contenders, args.rounds, args.warmup)
+        for name, values in seconds.items():
+            row = {"contender": name, "size": args.size, "dtype": "float32", "rounds": len(values)}
+            row |= quartiles(values, "seconds", 6) | quartiles(values / seconds[REFERENCE], "over_ours_with_motion", 4)
+            rows.append(row | facts(packages=["torchio", "SimpleITK", "numpy"]))
+
+    print_table(
+        ["median [quartiles]", "threads", "ms", f"over {REFERENCE}"],
+        [
+            [
+                row["contender"],
+                row["threads"],
+                range_text(row, "seconds", 1000, 1),
+                range_text(row, "over_ours_with_motion"),
+            ]
+            for row in rows
+        ],
+    )
+    write_csv(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()
