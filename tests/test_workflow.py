@@ -1,0 +1,168 @@
+"""Pretraining as users run it: ``python -m monai.bundle run training`` on NIfTI and DICOM, killed, resumed, and on broken input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from sspformer.demo import make_demo_dataset
+from sspformer.networks import SSPFormerEncoder
+
+BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(BUNDLE.parent / "custom"), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    """Four subjects of the demonstration data, one of them a DICOM series."""
+    return Path(make_demo_dataset(tmp_path_factory.mktemp("demo") / "scans", n_subjects=4))
+
+
+def command(dataset, output, **overrides):
+    settings = {"epochs": 3, "image_size": [32, 32, 32], "crops_per_scan": 4, "num_workers": 0, "device": "cpu"}
+    arguments = {"dataset_dir": dataset, "output_dir": output, **settings, **overrides}
+    line = [sys.executable, "-m", "monai.bundle", "run", "training"]
+    line += ["--config_file", str(BUNDLE / "configs" / "pretrain.json")]
+    for key, value in arguments.items():
+        line += [f"--{key}", value if isinstance(value, str) else json.dumps(value, default=str)]
+    return [part.strip('"') for part in line]
+
+
+def run(dataset, output, cwd, **overrides):
+    return subprocess.run(
+        command(dataset, output, **overrides), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
+
+
+def history(output):
+    with (Path(output) / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def trained(scans, tmp_path_factory):
+    """A run long enough to learn, started from a folder that is not the bundle's."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    done = run(
+        scans, output, output.parent, epochs=30, crops_per_scan=16, learning_rate=0.001, val_interval=10, beta=1.0
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done.stdout
+
+
+def test_it_learns_more_than_the_mean(trained):
+    output, _ = trained
+    rows = history(output)
+    assert len(rows) == 30
+    last = {name: float(value) for name, value in rows[-1].items()}
+    assert last["masked_error"] < 0.8 * last["mean_prediction_error"]
+    assert float(rows[-1]["train_loss"]) < 0.5 * float(rows[0]["train_loss"])
+    assert np.isfinite([last["psnr"], last["ssim"], last["high_frequency_error"]]).all()
+
+
+def test_beta_follows_its_schedule_and_the_learning_rate_warms_up_and_falls(trained):
+    rows = history(trained[0])
+    beta = [float(row["beta"]) for row in rows]
+    rate = [float(row["learning_rate"]) for row in rows]
+    assert beta[0] == 0 and beta[14:] == [1.0] * 16 and np.all(np.diff(beta) >= 0)
+    assert rate[1] == max(rate) and rate[-1] < 1e-3 * max(rate)
+
+
+def test_what_a_run_leaves_behind(trained):
+    output, log = trained
+    for name in ("pictures/epoch_0030.png", "pictures/curves.png", "scans.csv", "models/checkpoint.pt"):
+        assert (output / name).stat().st_size > 1000 or name == "scans.csv", name
+    assert list((output / "tensorboard").glob("events.*"))
+    state = torch.load(output / "models" / "pretrained" / "encoder.pt", weights_only=True)
+    encoder = SSPFormerEncoder(spatial_dims=3, in_channels=1, patch_size=8, size="tiny")
+    encoder.load_state_dict(state)  # strict: every weight, and nothing else
+    assert not list((output / "models").glob("*.part"))
+    with (output / "scans.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    formats = sorted(row["format"] for row in rows)
+    assert formats == ["DICOM", "NIfTI", "NIfTI", "NIfTI"]
+    assert "4 usable scans of 4 subjects" in log
+
+
+def test_the_dicom_series_is_trained_on(scans, tmp_path):
+    done = run(scans / "dicom", tmp_path / "out", tmp_path, epochs=1, crops_per_scan=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out/models/pretrained/encoder.pt").is_file()
+
+
+def test_killed_and_resumed_equals_unkilled(scans, tmp_path):
+    settings = {"epochs": 6, "val_interval": 2, "cache_dir": str(tmp_path / "cache")}
+    done = run(scans, tmp_path / "whole", tmp_path, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command(scans, tmp_path / "killed", **settings), cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log
+        )
+        deadline = time.time() + 200
+        while not ((tmp_path / "killed/history.csv").is_file() and len(history(tmp_path / "killed")) >= 3):
+            assert process.poll() is None and time.time() < deadline, (tmp_path / "log.txt").read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(history(tmp_path / "killed")) < 6, "it was killed too late to test anything"
+
+    done = run(scans, tmp_path / "killed", tmp_path, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from" in done.stdout
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    first, second = (
+        torch.load(tmp_path / name / "models/pretrained/encoder.pt", weights_only=True) for name in ("whole", "killed")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    changed = run(scans, tmp_path / "killed", tmp_path, **{**settings, "batch_size": 2})
+    assert changed.returncode != 0
+    assert "batch_size: 8 then, 2 now" in changed.stderr and "--resume false" in changed.stderr
+
+
+def test_broken_input_stops_before_training_and_can_be_skipped(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        image = nib.Nifti1Image((rng.random((40, 36, 34)) * 1000).astype(np.int16), np.diag([2.0, 2, 2, 1]))
+        nib.save(image, folder / f"p{i}_T1.nii.gz")
+    whole = (folder / "p0_T1.nii.gz").read_bytes()
+    (folder / "p8_T1.nii.gz").write_bytes(whole[: len(whole) // 2])
+    stopped = run(folder, tmp_path / "out", tmp_path)
+    assert stopped.returncode != 0 and not (tmp_path / "out/models").exists()
+    assert "p8_T1.nii.gz" in stopped.stderr and "--skip_unreadable true" in stopped.stderr
+    went_on = run(folder, tmp_path / "out", tmp_path, skip_unreadable=True, epochs=1)
+    assert went_on.returncode == 0, went_on.stdout + went_on.stderr
+
+    missing = run(tmp_path / "scams", tmp_path / "out2", tmp_path)
+    assert missing.returncode != 0 and "scams" in missing.stderr and "scans" in missing.stderr
+
+
+def test_the_loss_options_and_a_2d_stack_run(scans, tmp_path):
+    done = run(
+        scans,
+        tmp_path / "out",
+        tmp_path,
+        epochs=1,
+        **{
+            "image_size": [40, 36, 8],
+            "val_fraction": 0,
+            "mask#hints": 0.05,
+            "mask#cutoff": 0.3,
+            "mask#local_amplitude": True,
+            "loss_function#visible_weight": 0.1,
+            "loss_function#spectral_weight": 0.1,
+            "loss_function#normalize_target": True,
+        },
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
