@@ -1,6 +1,6 @@
 """Pictures of the method on one head: the high-frequency map, masks by beta, and the noise.
 
-    python benchmarks/method_figure.py --image ../shared/data/heads/ds000011_sub-02_T1.nii.gz --output bundle/docs/method.png
+    python benchmarks/method_figure.py --image ../shared/data/heads/ds000011_sub-02_T1.nii.gz
 
 Without ``--image``, the first subject of the demonstration data.
 """
@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from monai.data import DataLoader, Dataset
 from monai.transforms import Compose, CropForegroundd, Orientationd, ScaleIntensityRangePercentilesd, Spacingd
+
 from sspformer.data import LoadScand
 from sspformer.demo import make_demo_dataset
 from sspformer.pretraining import above_mean
@@ -34,7 +35,7 @@ PATCH = (8, 8, 8)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", help="a NIfTI file")
-    parser.add_argument("--output", default="bundle/docs/method.png")
+    parser.add_argument("--output", default=str(ROOT / "bundle" / "docs" / "method.png"))
     parser.add_argument("--slice", type=float, default=0.6, help="axial slice, as a share of the height")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -58,16 +59,21 @@ def main() -> None:
     def picture(volume: torch.Tensor) -> np.ndarray:
         return np.rot90(volume[0, 0, ..., at].numpy())
 
-    panels = [("clean", picture(clean), "gray", 1), ("high-frequency map", picture(high_frequency_map(clean, spacing)), "magma", None)]
+    panels = [
+        ("clean", picture(clean), "gray", 1),
+        ("high-frequency map", picture(high_frequency_map(clean, spacing)), "magma", None),
+    ]
     for beta in (0.0, 1.0, 3.0):
         indices, _, foreground = inverse_frequency_mask(clean, PATCH, beta=beta, spacing=spacing, generator=generator())
         hidden = clean.masked_fill(voxel_mask(indices, clean.shape[2:], PATCH), torch.nan)
         share = indices.to_map()[foreground].float().mean().item()
-        panels.append((f"beta {beta:g}: {share:.0%} of the foreground masked", picture(hidden), "mask", 1))
+        panels.append((f"beta {beta:g}, {share:.0%} of the foreground masked", picture(hidden), "mask", 1))
     thermal = frequency_weighted_noise(clean, 0.08, 1.0, spacing, generator=generator())
     panels.append(("thermal noise, 8 %, alpha 1", picture(thermal), "gray", 1))
     moving = NoiseSampler(sigma=0.0, motion_prob=1.0, breathing=1.5, heartbeat=0.3, modulation=0.1, repetition_time=1.0)
-    panels.append(("breathing 1.5 mm", picture(moving(clean, spacing, generator(), np.random.RandomState(1))), "gray", 1))
+    panels.append(
+        ("breathing 1.5 mm", picture(moving(clean, spacing, generator(), np.random.RandomState(1))), "gray", 1)
+    )
     both = NoiseSampler(sigma=0.05, motion_prob=1.0, breathing=1.0)
     panels.append(("both", picture(both(clean, spacing, generator(), np.random.RandomState(1))), "gray", 1))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sspformer.losses import MaskedReconstructionLoss, normalize_patches
 from sspformer.networks.layers import gather_tokens, patchify
 from sspformer.transforms import MaskSampler

@@ -1,4 +1,5 @@
-"""Pretraining as users run it: ``python -m monai.bundle run training`` on NIfTI and DICOM, killed, resumed, and on broken input."""
+"""Pretraining as users run it: ``python -m monai.bundle run training`` on NIfTI and DICOM, killed, resumed, and on
+broken input."""
 
 import csv
 import json
@@ -13,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
 from sspformer.demo import make_demo_dataset
 from sspformer.networks import SSPFormerEncoder
 
@@ -26,19 +28,25 @@ def scans(tmp_path_factory):
     return Path(make_demo_dataset(tmp_path_factory.mktemp("demo") / "scans", n_subjects=4))
 
 
-def command(dataset, output, **overrides):
+def command(dataset, output, *overlays, **overrides):
     settings = {"epochs": 3, "image_size": [32, 32, 32], "crops_per_scan": 4, "num_workers": 0, "device": "cpu"}
     arguments = {"dataset_dir": dataset, "output_dir": output, **settings, **overrides}
     line = [sys.executable, "-m", "monai.bundle", "run", "training"]
-    line += ["--config_file", str(BUNDLE / "configs" / "pretrain.json")]
+    configs = [str(BUNDLE / "configs" / name) for name in ("pretrain.json", *overlays)]
+    line += ["--config_file", str(configs)]
     for key, value in arguments.items():
         line += [f"--{key}", value if isinstance(value, str) else json.dumps(value, default=str)]
     return [part.strip('"') for part in line]
 
 
-def run(dataset, output, cwd, **overrides):
+def run(dataset, output, cwd, *overlays, **overrides):
     return subprocess.run(
-        command(dataset, output, **overrides), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+        command(dataset, output, *overlays, **overrides),
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 
@@ -52,7 +60,14 @@ def trained(scans, tmp_path_factory):
     """A run long enough to learn, started from a folder that is not the bundle's."""
     output = tmp_path_factory.mktemp("trained") / "out"
     done = run(
-        scans, output, output.parent, epochs=30, crops_per_scan=16, learning_rate=0.001, val_interval=10, beta=1.0
+        scans,
+        output,
+        output.parent,
+        epochs=16,
+        image_size=[48, 48, 48],
+        crops_per_scan=24,
+        learning_rate=0.001,
+        val_interval=4,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done.stdout
@@ -61,9 +76,9 @@ def trained(scans, tmp_path_factory):
 def test_it_learns_more_than_the_mean(trained):
     output, _ = trained
     rows = history(output)
-    assert len(rows) == 30
+    assert len(rows) == 16
     last = {name: float(value) for name, value in rows[-1].items()}
-    assert last["masked_error"] < 0.8 * last["mean_prediction_error"]
+    assert last["masked_error"] < 0.85 * last["mean_prediction_error"]
     assert float(rows[-1]["train_loss"]) < 0.5 * float(rows[0]["train_loss"])
     assert np.isfinite([last["psnr"], last["ssim"], last["high_frequency_error"]]).all()
 
@@ -72,13 +87,13 @@ def test_beta_follows_its_schedule_and_the_learning_rate_warms_up_and_falls(trai
     rows = history(trained[0])
     beta = [float(row["beta"]) for row in rows]
     rate = [float(row["learning_rate"]) for row in rows]
-    assert beta[0] == 0 and beta[14:] == [1.0] * 16 and np.all(np.diff(beta) >= 0)
-    assert rate[1] == max(rate) and rate[-1] < 1e-3 * max(rate)
+    assert beta[0] == 0 and beta[7:] == [1.0] * 9 and np.all(np.diff(beta) >= 0)
+    assert rate[0] == max(rate) and rate[-1] < 1e-3 * max(rate)
 
 
 def test_what_a_run_leaves_behind(trained):
     output, log = trained
-    for name in ("pictures/epoch_0030.png", "pictures/curves.png", "scans.csv", "models/checkpoint.pt"):
+    for name in ("pictures/epoch_0016.png", "pictures/curves.png", "scans.csv", "models/checkpoint.pt"):
         assert (output / name).stat().st_size > 1000 or name == "scans.csv", name
     assert list((output / "tensorboard").glob("events.*"))
     state = torch.load(output / "models" / "pretrained" / "encoder.pt", weights_only=True)
@@ -148,7 +163,15 @@ def test_broken_input_stops_before_training_and_can_be_skipped(tmp_path):
     assert missing.returncode != 0 and "scams" in missing.stderr and "scans" in missing.stderr
 
 
-def test_the_loss_options_and_a_2d_stack_run(scans, tmp_path):
+def test_the_2d_overlay_trains_on_slices(scans, tmp_path):
+    overrides = {"epochs": 1, "image_size": [64, 48], "crops_per_scan": 2, "num_workers": 2}
+    done = run(scans, tmp_path / "out", tmp_path, "pretrain_2d.json", **overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = torch.load(tmp_path / "out/models/pretrained/encoder.pt", weights_only=True)
+    SSPFormerEncoder(spatial_dims=2, patch_size=16).load_state_dict(state)
+
+
+def test_the_options_of_mask_and_loss_run(scans, tmp_path):
     done = run(
         scans,
         tmp_path / "out",

@@ -22,10 +22,10 @@ from monai.handlers import CheckpointLoader
 from .visualize import curves, figure_to_array, reconstruction_panel
 
 __all__ = [
-    "EpochProgress",
     "GradientClipping",
     "History",
     "LoadCheckpoint",
+    "Progress",
     "ReconstructionPanel",
     "SaveCheckpoint",
     "SaveEncoder",
@@ -95,16 +95,15 @@ class GradientClipping:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
-class EpochProgress(ProgressBar):
-    """A progress bar over the epochs of the run, with the loss and the time left."""
+class Progress(ProgressBar):
+    """A progress bar through each epoch, with the loss of the epoch before; only on a terminal, so that logs stay
+    readable."""
+
+    def __init__(self) -> None:
+        super().__init__(disable=None)
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
-        super().attach(
-            engine,
-            event_name=Events.EPOCH_COMPLETED,
-            closing_event_name=Events.COMPLETED,
-            state_attributes=["train_loss"],
-        )
+        super().attach(engine, state_attributes=["train_loss"])
 
 
 class LoadCheckpoint(CheckpointLoader):
@@ -203,7 +202,7 @@ class History:
         self.rows = []
         if engine.state.epoch > 0 and self.path.is_file():
             with self.path.open(newline="") as file:
-                rows = [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+                rows = [{name: _number(v) for name, v in row.items() if v} for row in csv.DictReader(file)]
             self.rows = [row for row in rows if row["epoch"] <= engine.state.epoch]
 
     def reset(self, engine: Engine) -> None:
@@ -258,6 +257,10 @@ class History:
         curves(self.rows).savefig(pictures / "curves.png", dpi=100)
 
 
+def _number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)
+
+
 class ReconstructionPanel:
     """A PNG panel a validation, ``pictures/epoch_0010.png``, and the same picture in TensorBoard; for the evaluator.
 
@@ -289,7 +292,7 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
 
     Args:
         path: of the checkpoint in the output folder.
-        resume: False: start afresh even if there is one; it is overwritten at the end of the first epoch.
+        resume: False: start afresh even if there is one, which is kept as ``*_previous.pt``.
         settings: what must be the same for a run to be resumed, as JSON holds it (network, seed, data, ...).
 
     Raises:
@@ -303,10 +306,13 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
         if changed:
             details = [f"{name}: {_short(before.get(name))} then, {_short(settings[name])} now" for name in changed]
             raise ValueError(
-                f"{path} belongs to a run with other settings ({'; '.join(details)}). Give this run an --output_dir of its own, or pass --resume false to start afresh in this one."
+                f"{path} belongs to a run with other settings ({'; '.join(details)}). Give this run an --output_dir "
+                "of its own, or pass --resume false to start afresh in this one."
             )
         logger.info(f"going on from {path}; pass --resume false to start afresh")
         return path
+    if os.path.isfile(path):
+        os.replace(path, record.with_name(record.stem + "_previous.pt"))
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=4) + "\n")
     return None

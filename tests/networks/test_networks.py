@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder
 from sspformer.networks.layers import (
     Attention,

@@ -172,6 +172,8 @@ class NoiseSampler:
     ) -> None:
         if not 0 <= motion_prob <= 1:
             raise ValueError(f"motion_prob must be in [0, 1], got {motion_prob}.")
+        if eps0 <= 0:
+            raise ValueError(f"eps0 must be above 0, got {eps0}.")
         self.sigma = _range("sigma", sigma, 0, 1)
         self.alpha = _range("alpha", alpha, -4, 4)
         self.eps0 = eps0

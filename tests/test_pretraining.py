@@ -1,0 +1,197 @@
+"""What ties the method into MONAI's engines: batches prepared on the device, reconstructions, handlers."""
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor, list_data_collate
+
+from sspformer.handlers import History, SeedEpoch, find_checkpoint, save_atomically
+from sspformer.losses import MaskedReconstructionLoss
+from sspformer.networks import MaskedAutoencoder
+from sspformer.networks.layers import gather_tokens, patchify
+from sspformer.pretraining import AutocastInferer, PrepareMaskedBatch, Reconstruct, weight_decay_groups
+from sspformer.transforms import MaskSampler, NoiseSampler, patch_energy
+from sspformer.visualize import figure_to_array, reconstruction_panel
+
+TOY = {"dim": 48, "depth": 1, "num_heads": 2, "decoder_dim": 48, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+def batch(sides=(16, 16, 16), spacing=(1.0, 1.0, 5.0)):
+    image = torch.rand(2, 1, *sides, generator=torch.Generator().manual_seed(0))
+    affine = torch.diag(torch.tensor([*spacing, 1.0]))
+    return list_data_collate([{"image": MetaTensor(i, affine=affine)} for i in image])
+
+
+def prepare(**kwargs):
+    return PrepareMaskedBatch(MaskSampler(4), NoiseSampler(), **kwargs)
+
+
+def test_a_batch_has_the_noisy_image_the_clean_target_and_the_indices():
+    data = batch()
+    noisy, target, args, kwargs = prepare()(data, "cpu")
+    assert args == () and not isinstance(noisy, MetaTensor) and not isinstance(target["image"], MetaTensor)
+    assert torch.equal(target["image"], data["image"].as_tensor()) and not torch.equal(noisy, target["image"])
+    assert torch.equal(kwargs["ids_keep"], target["keep"]) and torch.equal(kwargs["ids_predict"], target["mask"])
+    predicted = prepare(predict_visible=True)(data, "cpu")[3]["ids_predict"]
+    assert torch.equal(predicted.sort().values, torch.arange(64).expand(2, 64))
+
+
+def test_masks_are_scored_on_the_clean_image_with_the_spacing_of_the_affine():
+    data = batch()
+    _, target, _, _ = prepare()(data, "cpu")
+    assert torch.equal(target["spacing"], torch.tensor([[1.0, 1.0, 5.0]] * 2))
+    z, _ = patch_energy(data["image"].as_tensor(), (4, 4, 4), (1.0, 1.0, 5.0))
+    torch.testing.assert_close(target["energy"], z)
+
+
+def test_the_same_seed_prepares_the_same_batch():
+    def draw(seed):
+        noisy, target, _, _ = prepare().set_random_state(seed)(batch(), "cpu")
+        return torch.cat([noisy.flatten(), target["mask"].flatten()])
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    same = prepare().set_random_state(1)
+    assert not torch.equal(same(batch(), "cpu")[0], same(batch(), "cpu")[0])  # and goes on drawing
+
+
+def test_reconstruction_keeps_visible_patches_and_puts_predictions_in_their_places():
+    _, target, _, kwargs = prepare()(batch((17, 16, 18)), "cpu")
+    network = MaskedAutoencoder(patch_size=4, **TOY)
+    pred = torch.full((2, kwargs["ids_predict"].shape[1], 64), 7.0)
+    out = Reconstruct(network)({"label": target, "pred": pred})
+    assert out["reconstruction"].shape == target["image"].shape
+    hidden = out["voxel_mask"]
+    assert (out["reconstruction"][hidden] == 7).all()
+    assert torch.equal(out["reconstruction"][~hidden], target["image"][~hidden])
+    high = target["energy"].gather(1, target["mask"]).topk(out["pred_high"].shape[1], dim=1).values
+    assert high.min() > target["energy"].gather(1, target["mask"]).median()
+
+
+def test_a_perfect_prediction_reconstructs_the_image_also_with_normalised_targets():
+    _, target, _, _ = prepare()(batch(), "cpu")
+    network = MaskedAutoencoder(patch_size=4, **TOY)
+    true = gather_tokens(patchify(target["image"], (4, 4, 4)), target["mask"])
+    plain = Reconstruct(network)({"label": target, "pred": true})
+    torch.testing.assert_close(plain["reconstruction"], target["image"])
+    mean, std = true.mean(-1, keepdim=True), (true.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    normalised = Reconstruct(network, normalize_target=True)({"label": target, "pred": (true - mean) / std})
+    torch.testing.assert_close(normalised["reconstruction"], target["image"])
+
+
+def test_panel_shows_a_row_a_sample():
+    _, target, _, _ = prepare()(batch(), "cpu")
+    network = MaskedAutoencoder(patch_size=4, **TOY)
+    out = Reconstruct(network)({"label": target, "pred": torch.zeros(2, target["mask"].shape[1], 64)})
+    one = figure_to_array(reconstruction_panel(out, n_images=1))
+    two = figure_to_array(reconstruction_panel(out, n_images=2, titles=["a", "b"]))
+    assert two.shape[0] > 1.7 * one.shape[0] and two.shape[1] == one.shape[1] and two.std() > 10
+
+
+def test_a_network_overfits_one_batch_of_detail():
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 16)
+    image = (torch.sin(20 * ramp)[:, None, None] * ramp[None, :, None] * torch.cos(9 * ramp)[None, None]).abs()
+    image = image.expand(2, 1, 16, 16, 16)
+    ids, *_ = MaskSampler(4)(image, generator=torch.Generator().manual_seed(0))
+    network, loss = MaskedAutoencoder(patch_size=4, **TOY), MaskedReconstructionLoss(4)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(150):
+        error = loss(network(image, ids.keep, ids.mask), {"image": image, "mask": ids.mask, "keep": ids.keep})
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.2 * errors[0]
+
+
+def test_autocast_inferer_runs_in_bfloat16_only_when_asked():
+    layer = torch.nn.Linear(4, 4)
+    assert AutocastInferer(True)(torch.rand(1, 4), layer).dtype == torch.bfloat16
+    assert AutocastInferer(False)(torch.rand(1, 4), layer).dtype == torch.float32
+
+
+def test_only_matrices_decay():
+    network = MaskedAutoencoder(patch_size=4, **TOY)
+    decays, others = weight_decay_groups(network, 0.05)
+    assert decays["weight_decay"] == 0.05 and others["weight_decay"] == 0
+    assert {p.ndim for p in decays["params"]} == {2}
+    assert len(decays["params"]) + len(others["params"]) == len(list(network.parameters()))
+    assert any(p is network.mask_token for p in others["params"])
+
+
+def test_an_epoch_draws_the_same_whatever_was_before_it():
+    def draws(first_epoch):
+        out = {}
+        engine = Engine(lambda engine, _: out.setdefault(engine.state.epoch, (torch.rand(1).item(), np.random.rand())))
+        SeedEpoch(3).attach(engine)
+        engine.state.epoch = first_epoch
+        engine.load_state_dict({"epoch_length": 1, "max_epochs": 4, "iteration": first_epoch})
+        engine.run([0])
+        return out
+
+    whole, resumed = draws(0), draws(2)
+    assert len({value for value in whole.values()}) == 4
+    assert resumed == {epoch: whole[epoch] for epoch in (3, 4)}
+
+
+def test_history_drops_the_epochs_that_a_resumed_run_repeats(tmp_path):
+    def run(start, stop):
+        engine = Engine(lambda engine, _: {"loss": torch.tensor(float(engine.state.epoch))})
+        History(str(tmp_path)).attach(engine)
+        engine.load_state_dict({"epoch_length": 2, "max_epochs": stop, "iteration": 2 * start})
+        engine.run([0, 0])
+        return (tmp_path / "history.csv").read_text()
+
+    whole = run(0, 4)
+    assert run(2, 4) == whole and whole.count("\n") == 5
+    assert (tmp_path / "pictures" / "curves.png").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    engine = Engine(lambda engine, _: {"loss": torch.tensor(float("nan"))})
+    History(str(tmp_path)).attach(engine)
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        engine.run([0], max_epochs=1)
+
+
+def test_a_kill_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "models" / "checkpoint.pt"
+    save_atomically({"a": torch.ones(1)}, path)
+
+    def die(content, file):
+        open(file, "wb").write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically({"a": torch.zeros(1)}, path)
+    assert torch.load(path, weights_only=True)["a"] == 1
+
+
+def test_a_checkpoint_is_found_only_for_the_run_it_belongs_to(tmp_path):
+    path = str(tmp_path / "models" / "checkpoint.pt")
+    assert find_checkpoint(path, True, {"seed": 0}) is None
+    save_atomically({}, path)
+    assert find_checkpoint(path, True, {"seed": 0}) == path
+    with pytest.raises(ValueError, match="seed: 0 then, 1 now.*--resume false"):
+        find_checkpoint(path, True, {"seed": 1})
+    assert find_checkpoint(path, False, {"seed": 1}) is None
+    assert find_checkpoint(path, True, {"seed": 1}) is None  # the old one is out of the way, but not lost
+    assert (tmp_path / "models" / "checkpoint_previous.pt").is_file()
+
+
+def test_events_of_the_engine_are_those_that_the_handlers_expect():
+    """The order in ignite that resuming relies on: EPOCH_STARTED comes before the loader's iterator is made."""
+    order = []
+
+    class Loader:
+        def __iter__(self):
+            order.append("iterator")
+            return iter([0])
+
+    engine = Engine(lambda *_: None)
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda: order.append("started"))
+    engine.run(Loader(), max_epochs=2, epoch_length=1)
+    assert order == ["started", "iterator"] * 2
