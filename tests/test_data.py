@@ -18,7 +18,8 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from sspformer.data import LoadScand, finding, is_label_path, prepare_datalist, subject_of
+from sspformer import data
+from sspformer.data import LoadScand, is_label_path, prepare_datalist, subject_of
 
 SHAPE = (12, 10, 9)
 MR_STORAGE, ENHANCED_MR_STORAGE = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
@@ -300,7 +301,11 @@ def test_unchanged_scans_are_not_read_again(tmp_path, monkeypatch, caplog):
     nifti(folder / "p2.nii.gz")
     dicom_series(folder / "p3")
     reads = []
-    for module, name in ((datalist, "check_nifti"), (datalist, "check_dicom"), (finding, "dicom_header")):
+    for module, name in (
+        (data.datalist, "check_nifti"),
+        (data.datalist, "check_dicom"),
+        (data.finding, "dicom_header"),
+    ):
         original = getattr(module, name)
 
         def spy(files, *args, original=original):

@@ -1,0 +1,225 @@
+"""Which scans a data set holds, and whose they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import pydicom
+
+from .checking import Cache, digest, in_threads
+from .naming import NIFTI_NAME, NIFTI_SUFFIX, is_label_path, known_subject_of, subject_of
+from .reading import reason_of
+
+
+@dataclass
+class Scan:
+    """One NIfTI file (or .hdr/.img pair) or one DICOM series, and what is known of it."""
+
+    files: list[Path]  # a series: its slice files, in slice order once checked
+    relative: PurePosixPath  # relative to the data set: the NIfTI file, or the first file of the series
+    format: str  # "NIfTI", "DICOM" or "?"
+    series: str = ""  # DICOM series number
+    subject: str = ""
+    split: str = ""  # given by a datalist, or drawn: "training", "validation" or "both"
+    name: str = ""
+    reason: str = ""  # why it is unusable
+    note: str = ""
+    check: dict = field(default_factory=dict)  # shape, spacing, orientation, volumes (4D) or order (DICOM)
+    volumes: list[int] = field(default_factory=list)  # those to use of a 4D file
+
+    @property
+    def label(self) -> str:
+        """How the scan is named in messages."""
+        if not self.series:
+            return str(self.relative)
+        if len(self.files) == 1:
+            return f"{self.relative} (DICOM series {self.series})"
+        files = f"{len(self.files)} files such as {self.relative.name}"
+        return f"{self.relative.parent}/ (DICOM series {self.series}, {files})"
+
+
+def find_scans(
+    dataset_dir: Path, output_dir: Path | None, num_workers: int, cache: Cache
+) -> tuple[list[Scan], list[PurePosixPath], int]:
+    """Every NIfTI file and DICOM series (a broken one with its reason), the label maps, the number of other files.
+
+    Args:
+        dataset_dir: a folder, one file or a datalist, as `prepare_datalist` takes it; absolute.
+        output_dir: not searched.
+        num_workers: threads that read DICOM headers.
+        cache: of DICOM headers.
+    """
+    is_folder = dataset_dir.is_dir()
+    is_datalist = not is_folder and dataset_dir.suffix.lower() == ".json"
+    root = dataset_dir if is_folder else dataset_dir.parent
+    if is_folder:
+        given: dict[Path, dict] = {file: {} for file in _walk(root, output_dir.resolve() if output_dir else None)}
+    elif is_datalist:
+        given = _from_datalist(dataset_dir)
+    else:
+        given = {dataset_dir: {}}
+
+    def relative(path: Path) -> PurePosixPath:
+        parts = Path(os.path.relpath(path, root)).parts
+        return PurePosixPath(*(part for part in parts if part != ".."))
+
+    scans: list[Scan] = []
+    labels: list[PurePosixPath] = []
+    dicom: list[Path] = []
+    others = 0
+    for path, known in given.items():
+        header, voxels = path.with_suffix(".hdr"), path.with_suffix(".img")
+        is_pair = path in (header, voxels) and header.exists() and voxels.exists()
+        if is_folder and is_pair and path == voxels:
+            continue  # it comes with its .hdr
+        if is_folder and NIFTI_SUFFIX.search(path.name) and is_label_path(relative(path)):
+            labels.append(relative(path))
+        elif NIFTI_NAME.search(path.name):
+            scans.append(Scan([path], relative(path), "NIfTI", **known))
+        elif is_pair:
+            scans.append(Scan([header, voxels], relative(path), "NIfTI", **known))
+        elif _is_dicom(path):
+            dicom.append(path)
+        elif path.suffix.lower() in (".dcm", ".ima") or is_datalist:
+            reason = "neither NIfTI nor DICOM" if path.exists() else reason_of(FileNotFoundError())
+            kind = "DICOM" if path.suffix.lower() == ".dcm" else "?"
+            scans.append(Scan([path], relative(path), kind, reason=reason, **known))
+        else:
+            others += 1
+
+    def read_header(path: Path) -> dict[str, str]:
+        try:
+            return cache.get(dicom_header, [path])
+        except Exception as error:
+            return {"reason": f"corrupt DICOM file: {reason_of(error)}"}
+
+    series: dict[tuple, list[tuple[Path, dict]]] = defaultdict(list)
+    headers = in_threads(read_header, dicom, num_workers, cache, "reading DICOM headers")
+    for path, head in zip(dicom, headers, strict=True):
+        if "reason" in head:
+            scans.append(Scan([path], relative(path), "DICOM", reason=head["reason"], **given[path]))
+        elif head["modality"] in ("SEG", "RTSTRUCT"):
+            labels.append(relative(path))
+        else:
+            uid = head["series"] or str(path.parent)
+            instance = head["instance"] if head["enhanced"] else ""  # an enhanced file is a series of its own
+            series[uid, instance, given[path].get("split")].append((path, head))
+
+    dicom_scans: list[tuple[Scan, dict]] = []
+    for members in series.values():
+        unique = {head["instance"] or str(path): path for path, head in reversed(members)}  # the first file of each
+        paths = sorted(unique.values())
+        head = members[0][1]
+        scan = Scan(paths, relative(paths[0]), "DICOM", series=head["number"], **given[paths[0]])
+        if len(members) > len(paths):
+            scan.note = f"{len(members) - len(paths)} duplicate files left out"
+        dicom_scans.append((scan, head))
+    _assign_subjects(scans, dicom_scans, root.name)
+    return scans + [scan for scan, _ in dicom_scans], labels, others
+
+
+def _assign_subjects(scans: list[Scan], dicom_scans: list[tuple[Scan, dict]], root_name: str) -> None:
+    """Gives each scan its subject, unless a datalist did.
+
+    Args:
+        scans: NIfTI files and files that are no series.
+        dicom_scans: with what `dicom_header` says of each.
+        root_name: the subject of a path that says nothing.
+    """
+    known: dict[str, set[str]] = defaultdict(set)  # a person's BIDS or other well-known names, by the paths
+    home: dict[str, PurePosixPath] = {}  # and the first folder
+
+    def person_of(scan: Scan, head: dict) -> str:
+        return head["patient"] or head["study"] or scan.label
+
+    for scan, head in dicom_scans:
+        person, folder = person_of(scan, head), scan.relative.parent
+        known[person] |= {known_subject_of(folder)} - {""}
+        home.setdefault(person, folder)
+    for scan, head in dicom_scans:
+        person = person_of(scan, head)
+        # Several names for one PatientID: it is a filler such as "anonymous", and the path knows better.
+        name = next(iter(known[person])) if len(known[person]) == 1 else known_subject_of(scan.relative.parent)
+        if not name:
+            name = _of_patient(head["patient"]) if head["patient"] else subject_of(home[person], root_name)
+        scan.subject = scan.subject or name
+
+    patients = {head["patient"] for _, head in dicom_scans}
+    for scan in scans:
+        if not scan.subject:
+            scan.subject = subject_of(scan.relative, root_name)
+            # A NIfTI converted from a DICOM series beside it often carries the PatientID in its name.
+            for word in filter(None, re.split(r"[\W_]+", scan.subject)):
+                if digest(word) in patients:
+                    scan.subject = _of_patient(digest(word))
+
+
+def _of_patient(patient: str) -> str:
+    """The subject's name by the hash of a PatientID."""
+    return f"dicom-{patient[:8]}"
+
+
+def _from_datalist(file: Path) -> dict[Path, dict]:
+    """Files of an MSD-style datalist, each with its "split" and, if the list says so, its "subject"."""
+    try:
+        lists = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"the datalist {file} is not valid JSON: {error}.") from error
+    if not isinstance(lists, dict) or not isinstance(lists.get("training"), list):
+        raise ValueError(
+            f'the datalist {file} needs a list "training" of {{"image": path}} (and may have "validation").'
+        )
+    found: dict[Path, dict] = {}
+    for split in ("training", "validation"):
+        for item in lists.get(split) or []:
+            item = item if isinstance(item, dict) else {"image": item}
+            images = item.get("image")
+            images = [images] if isinstance(images, str) else images
+            if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+                raise ValueError(f'the datalist {file}: the item {item} of "{split}" has no "image" path.')
+            given = {"split": split if lists.get("validation") else "", "subject": str(item.get("subject", ""))}
+            for path in (file.parent / image for image in images):
+                for one in _walk(path) if path.is_dir() else [path]:
+                    found[one] = given
+    return found
+
+
+def _walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
+    """Every file below a folder, sorted; no hidden ones, no DICOMDIR, no folder twice (links may form loops)."""
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen or (skip is not None and real == str(skip)):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in sorted(files) if not name.startswith(".") and name != "DICOMDIR")
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def dicom_header(files: list[Path]) -> dict[str, str]:
+    """What groups and names a DICOM file (a list of one); identifiers leave here only as hashes."""
+    ds = pydicom.dcmread(files[0], stop_before_pixels=True)
+    return {
+        "series": digest(ds.get("SeriesInstanceUID")),
+        "instance": digest(ds.get("SOPInstanceUID")),
+        "study": digest(ds.get("StudyInstanceUID")),
+        "patient": digest(ds.get("PatientID")),
+        "number": str(ds.get("SeriesNumber") or "x"),
+        "modality": str(ds.get("Modality") or ""),
+        "enhanced": "yes" if int(ds.get("NumberOfFrames") or 1) > 1 else "",
+    }

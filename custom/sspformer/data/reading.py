@@ -1,0 +1,246 @@
+"""Voxels (X, Y, Z) float32 and their affine to RAS mm, from a NIfTI file or a DICOM series; or the reason why not."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import SpaceKeys
+
+DICOM_UNEVEN = 0.1  # largest deviation of a slice from its place in an even stack, as a fraction of the slice distance
+
+
+class Unusable(ValueError):
+    """A scan that cannot be used; the message is the reason, in words for the person who owns the scan."""
+
+
+def reason_of(error: Exception) -> str:
+    """The reason behind an exception, in plain words. Unknown messages are left out: they may quote a DICOM header."""
+    if isinstance(error, Unusable):
+        return str(error)
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)) or "could the file be damaged" in str(error):
+        return "truncated or corrupt: its voxels cannot be read to the end"
+    if isinstance(error, FileNotFoundError):
+        return "no such file, or a broken link (DataLad and git-annex: get the file first)"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be opened: {error.strerror}"
+    if isinstance(error, nib.spatialimages.HeaderDataError):
+        return "corrupt NIfTI header"
+    if isinstance(error, nib.filebasedimages.ImageFileError):
+        return "not a NIfTI file although named so"
+    return f"cannot be read ({type(error).__name__})"
+
+
+class LoadScand(MapTransform):
+    """Reads the items of `prepare_datalist`.
+
+    Each key goes in as the path of a NIfTI file or the list of the files of a DICOM series (or of one enhanced file),
+    and comes out as a MetaTensor (1, X, Y, Z) float32 whose affine maps voxels to RAS mm, as MONAI's NibabelReader
+    gives it. An item with "volume" gives that volume of its 4D file. DICOM slices are put in order and rescaled.
+
+    Raises:
+        ValueError: naming the file that cannot be read, and why.
+    """
+
+    def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            item[key] = self._load(item[key], item.get("volume"))
+        return item
+
+    @staticmethod
+    def _load(image: str | Path | Sequence[str], volume: int | None) -> MetaTensor:
+        series = not isinstance(image, (str, os.PathLike))
+        name = str(image[0] if series else image)
+        try:
+            voxels, affine = read_dicom(image)[:2] if series else read_nifti(image, volume)
+        except Exception as error:
+            raise ValueError(f"cannot read the scan {name}: {reason_of(error)}") from error
+        meta = {
+            "filename_or_obj": name,
+            "original_affine": affine.copy(),
+            "spatial_shape": np.array(voxels.shape),
+            "space": SpaceKeys.RAS,
+            "original_channel_dim": float("nan"),  # MONAI's "no_channel"
+        }
+        return MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine), meta=meta)
+
+
+def read_nifti(path: str | Path, volume: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a NIfTI file, or one volume of a 4D one: voxels (X, Y, Z) float32 and the affine (4, 4) to RAS mm."""
+    image = nib.load(path)
+    shape = without_ones(image.shape)
+    if len(shape) != (3 if volume is None else 4):
+        raise Unusable(
+            f"its shape {by(shape)} is not 3D; a 4D file needs the item's 'volume', and only a 4D one has it"
+        )
+    voxels = image.dataobj if volume is None else image.dataobj[:, :, :, volume]
+    return np.asarray(voxels, dtype=np.float32).reshape(shape[:3]), np.array(image.affine)
+
+
+def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without trailing ones beyond the third side."""
+    shape = tuple(shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def read_dicom(files: Sequence[str | Path], min_size: int = 2) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Reads one MR series.
+
+    MONAI's PydicomReader is not used: it stacks a list of files as channels, and orders a folder by InstanceNumber.
+
+    Args:
+        files: of the series, in any order; or a single enhanced multi-frame file.
+        min_size: fewest slices, checked before any pixel is decoded.
+
+    Returns:
+        the voxels (columns, rows, slices) float32, rescaled; the affine (4, 4) to RAS mm; and the order of the files.
+
+    Raises:
+        Unusable: with the reason, when this is no stack of evenly spaced MR slices.
+    """
+    datasets, frames, owner = [], [], []
+    for i, path in enumerate(files):
+        ds = pydicom.dcmread(path)
+        if ds.get("Modality") != "MR":
+            raise Unusable(f"not MR: the DICOM modality is {ds.get('Modality') or 'not given'}")
+        if not ds.get("Rows") or not ds.get("Columns"):
+            raise Unusable("no pixel data in it")
+        if int(ds.get("SamplesPerPixel") or 1) != 1 or "MONOCHROME" not in ds.get("PhotometricInterpretation", ""):
+            raise Unusable("a colour image (RGB or palette)")
+        datasets.append(ds)
+        if (ds.Rows, ds.Columns) != (datasets[0].Rows, datasets[0].Columns):
+            raise Unusable("its slices have different shapes")
+        of_file = list(_dicom_frames(ds))
+        frames += of_file
+        owner += [i] * len(of_file)
+    order, affine = _stack_geometry(frames)
+    rows, columns = int(datasets[0].Rows), int(datasets[0].Columns)
+    check_size((columns, rows, len(frames)), min_size)
+
+    volume = np.empty((len(frames), rows, columns), np.float32)
+    images = (image for path, ds in zip(files, datasets) for image in _dicom_pixels(ds, Path(path).name))
+    for place, frame, image in zip(volume, frames, images, strict=True):
+        place[:] = image.astype(np.float32) * frame["slope"] + frame["intercept"]
+    return np.ascontiguousarray(volume[order].T), affine, list(dict.fromkeys(owner[i] for i in order))
+
+
+def _dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
+    """Position, orientation, spacing and rescaling of each frame of a DICOM file (one frame, unless it is enhanced)."""
+    enhanced = ds.get("PerFrameFunctionalGroupsSequence")
+    if not enhanced and int(ds.get("NumberOfFrames") or 1) > 1:
+        raise Unusable("multi-frame DICOM without a position for each frame (convert it with dcm2niix)")
+    shared = (ds.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    for groups in [(frame, shared) for frame in enhanced] if enhanced else [()]:
+        look = partial(_header_value, ds, groups)
+        yield {
+            "position": np.array(look("PlanePositionSequence", "ImagePositionPatient"), float),
+            "orientation": np.array(look("PlaneOrientationSequence", "ImageOrientationPatient"), float),
+            "spacing": np.array(look("PixelMeasuresSequence", "PixelSpacing"), float),
+            "slope": float(look("PixelValueTransformationSequence", "RescaleSlope", 1.0)),
+            "intercept": float(look("PixelValueTransformationSequence", "RescaleIntercept", 0.0)),
+        }
+
+
+def _header_value(
+    ds: pydicom.Dataset, groups: Sequence[pydicom.Dataset], macro: str, keyword: str, default: float | None = None
+):
+    """A value of the header or, in an enhanced file, of the first of its functional groups whose macro holds it."""
+    holders = [group[macro][0] for group in groups if group.get(macro)] if groups else [ds]
+    values = [value for holder in holders if (value := holder.get(keyword)) is not None]
+    if not values and default is None:
+        raise Unusable(f"no {keyword} in the DICOM header, so where its slices lie is unknown")
+    return values[0] if values else default
+
+
+def _stack_geometry(frames: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Order of the frames along the slice normal, and the affine (4, 4) of the stack (column, row, slice) to RAS mm.
+
+    The affine is nibabel's (https://nipy.org/nibabel/dicom/dicom_orientation.html), with the axes of a NIfTI: index 0
+    runs along a row of pixels. Raises `Unusable` for slices of several orientations, duplicates and gaps.
+    """
+    first = frames[0]
+    row, column = first["orientation"][:3], first["orientation"][3:]
+    if not np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=1e-3):
+        raise Unusable("invalid ImageOrientationPatient in the DICOM header")
+    if min(first["spacing"]) <= 0 or not np.isfinite(first["spacing"]).all():
+        raise Unusable("zero or non-finite PixelSpacing in the DICOM header")
+    for frame in frames:
+        if not np.allclose(frame["orientation"], first["orientation"], atol=1e-3):
+            raise Unusable("its slices have different orientations (a localizer?)")
+        if not np.allclose(frame["spacing"], first["spacing"], rtol=1e-3):
+            raise Unusable("its slices have different pixel spacings")
+    if len(frames) < 2:
+        raise Unusable("a 2D image (a single slice)")
+
+    positions = np.array([frame["position"] for frame in frames])
+    heights = positions @ np.cross(row, column)
+    order = np.argsort(heights, kind="stable")
+    positions, steps = positions[order], np.diff(heights[order])
+    if steps.min() < 1e-3:
+        per_position = len(frames) / (1 + np.count_nonzero(steps > 1e-3))
+        raise Unusable(
+            f"several images at one slice position ({per_position:.3g} on average: duplicates, echoes, time points or "
+            "diffusion directions in one series; convert it with dcm2niix)"
+        )
+    distance = np.median(steps)
+    if np.abs(steps - distance).max() > DICOM_UNEVEN * distance:
+        raise Unusable(
+            f"missing slices: they lie {steps.min():.3g} to {steps.max():.3g} mm apart, {distance:.3g} mm as a rule"
+        )
+    step = (positions[-1] - positions[0]) / (len(frames) - 1)
+    line = positions[0] + np.arange(len(frames))[:, None] * step
+    if np.abs(positions - line).max() > DICOM_UNEVEN * distance:
+        raise Unusable("its slices do not lie on one straight line")
+
+    affine = np.eye(4)
+    affine[:3, 0] = row * first["spacing"][1]  # PixelSpacing is (between rows, between columns)
+    affine[:3, 1] = column * first["spacing"][0]
+    affine[:3, 2] = step
+    affine[:3, 3] = positions[0]
+    return order, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's LPS to RAS
+
+
+def _dicom_pixels(ds: pydicom.Dataset, name: str) -> np.ndarray:
+    """Stored pixel values of a DICOM file, (frames, rows, columns); raises `Unusable`."""
+    if not any(keyword in ds for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise Unusable("no pixel data in it")
+    try:
+        return np.asarray(ds.pixel_array).reshape(-1, int(ds.Rows), int(ds.Columns))
+    except Exception as error:  # each decoder has its own exceptions
+        syntax = ds.file_meta.get("TransferSyntaxUID") if hasattr(ds, "file_meta") else None
+        if syntax is not None and syntax.is_compressed and "RLE" not in syntax.name:
+            raise Unusable(
+                f"its pixels are compressed ({syntax.name}) and cannot be decoded here: "
+                "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+            ) from error
+        raise Unusable(f"truncated or corrupt: the pixels of {name} cannot be read") from error
+
+
+def check_size(shape: Sequence[int], min_size: int) -> None:
+    """Raises `Unusable` for a 2D image, and for a side of fewer voxels than `min_size`."""
+    if len(shape) < 3 or shape[2] == 1:
+        raise Unusable("a 2D image")
+    if min(shape[:3]) < min_size:
+        raise Unusable(f"too small: {by(shape[:3])} voxels, every side needs at least {min_size}")
+
+
+def by(numbers: Iterable[float]) -> str:
+    """Sides or spacings in words, as `12x10x9`."""
+    return "x".join(f"{n:.3g}" if isinstance(n, float | np.floating) else str(n) for n in numbers)
