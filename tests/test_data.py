@@ -572,7 +572,8 @@ def test_dicom_subjects(tmp_path):
     dicom_series(tmp_path / "z" / "y", series="1.2.9.4", patient_id="")  # the same study
     dicom_series(tmp_path / "sub-05" / "x", series="1.2.8.5", patient_id="P5")
     dicom_series(tmp_path / "v", series="1.2.8.6", patient_id="P5")
-    nifti(tmp_path / "P6_T2.nii.gz")  # as dcm2niix names a converted series
+    nifti(tmp_path / "P5_FLAIR.nii.gz")  # as dcm2niix names a converted series
+    nifti(tmp_path / "P6_T2.nii.gz")
     dicom_series(tmp_path / "w", series="1.2.7.7", patient_id="P6")
     dicom_series(tmp_path / "sub-08", series="1.2.6.8", patient_id="anonymous")
     dicom_series(tmp_path / "sub-09", series="1.2.5.9", patient_id="anonymous")
@@ -581,6 +582,7 @@ def test_dicom_subjects(tmp_path):
     assert subjects["a_series1"] == subjects["b_series2"] and subjects["a_series1"].startswith("dicom-")
     assert subjects["T1_series3"] == subjects["y_series4"] == "anon7"
     assert subjects["x_series5"] == subjects["v_series6"] == "sub-05"
+    assert subjects["P5_FLAIR"] == "sub-05"
     assert subjects["P6_T2"] == subjects["w_series7"]
     assert (subjects["sub-08_series8"], subjects["sub-09_series9"]) == ("sub-08", "sub-09")
 

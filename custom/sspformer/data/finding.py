@@ -150,14 +150,13 @@ def _assign_subjects(scans: list[Scan], dicom_scans: list[tuple[Scan, dict]], ro
             name = _of_patient(head["patient"]) if head["patient"] else subject_of(home[person], root_name)
         scan.subject = scan.subject or name
 
-    patients = {head["patient"] for _, head in dicom_scans}
+    subject_by_patient = {head["patient"]: scan.subject for scan, head in dicom_scans if head["patient"]}
     for scan in scans:
         if not scan.subject:
             scan.subject = subject_of(scan.relative, root_name)
             # A NIfTI converted from a DICOM series beside it often carries the PatientID in its name.
             for word in filter(None, re.split(r"[\W_]+", scan.subject)):
-                if digest(word) in patients:
-                    scan.subject = _of_patient(digest(word))
+                scan.subject = subject_by_patient.get(digest(word), scan.subject)
 
 
 def _of_patient(patient: str) -> str:
