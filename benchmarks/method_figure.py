@@ -27,6 +27,7 @@ from sspformer.transforms import (
     inverse_frequency_mask,
     voxel_mask,
 )
+from sspformer.visualize import axial_slice
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH = (8, 8, 8)
@@ -51,13 +52,12 @@ def main() -> None:
     batch = next(iter(DataLoader(Dataset([{"image": image}], Compose(steps)), batch_size=1)))
     spacing = torch.tensor([[1.5, 1.5, 1.5]])
     clean = batch["image"].as_tensor()
-    at = int(args.slice * clean.shape[-1])
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(args.seed)
 
     def picture(volume: torch.Tensor) -> np.ndarray:
-        return np.rot90(volume[0, 0, ..., at].numpy())
+        return axial_slice(volume[0], args.slice)
 
     panels = [
         ("clean", picture(clean), "gray", 1),

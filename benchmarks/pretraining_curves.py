@@ -19,9 +19,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +32,8 @@ BUNDLE = HERE.parent / "bundle"
 ARMS = {
     "random (beta 0)": ["--beta", "0.0"],
     "scheduled beta 0 to 1": ["--beta", "1.0"],
+    "scheduled beta 0 to 1, hints": ["--beta", "1.0", "--mask#hints", "0.05"],
+    "scheduled beta 0 to 0.5": ["--beta", "0.5"],
     "scheduled beta 0 to 3": ["--beta", "3.0"],
 }
 METRICS = ["masked_error", "high_frequency_error", "psnr", "ssim", "mean_prediction_error"]
@@ -58,27 +63,23 @@ def main() -> None:
     parser.add_argument("--crops_per_scan", type=int, default=1)
     parser.add_argument("--image_size", type=int, default=64, help="side of the crops, voxels")
     parser.add_argument("--arms", nargs="*", default=list(ARMS)[:2], choices=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
     if not (args.data / "manifest.csv").is_file():
         parser.error(f"no manifest.csv in {args.data}: give the folder of the shared data with --data")
-    datalist = args.work / "datalist.json"
-    write_datalist(args.data, datalist)
+    settings = {name: str(getattr(args, name)) for name in ("epochs", "crops_per_scan", "image_size")}
+    record = args.work / "settings.json"
+    if record.is_file() and json.loads(record.read_text()) != settings:
+        parser.error(f"{args.work} has runs with other settings ({record.read_text()}): give another --work")
+    write_datalist(args.data, args.work / "datalist.json")
+    record.write_text(json.dumps(settings))
 
-    rows, runs = [], [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
-    for number, (arm, seed) in enumerate(runs, 1):
-        output = args.work.resolve() / f"{arm.replace(' ', '_').replace('(', '').replace(')', '')}_seed{seed}"
-        print(f"run {number}/{len(runs)}: {arm}, seed {seed}", flush=True)
-        command = [sys.executable, "-m", "monai.bundle", "run", "training"]
-        command += ["--config_file", str(BUNDLE / "configs/pretrain.json"), "--bundle_root", str(BUNDLE)]
-        command += ["--dataset_dir", str(datalist.resolve()), "--output_dir", str(output), "--seed", str(seed)]
-        command += ["--cache_dir", str(args.work.resolve() / "cache"), "--epochs", str(args.epochs)]
-        command += ["--image_size", json.dumps([args.image_size] * 3), "--crops_per_scan", str(args.crops_per_scan)]
-        command += ["--val_interval", str(max(1, args.epochs // 20)), *ARMS[arm]]
-        if not finished(output, args.epochs):
-            output.mkdir(parents=True, exist_ok=True)
-            with (output / "log.txt").open("a") as log:
-                subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-        for row in read_history(output):
+    runs = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        histories = list(pool.map(lambda run: train(*run, args), runs))
+    rows = []
+    for (arm, seed), history in zip(runs, histories):
+        for row in history:
             if row.get("masked_error"):
                 rows.append({"arm": arm, "seed": seed, **{k: row[k] for k in ["epoch", "iteration", "beta", *METRICS]}})
 
@@ -92,9 +93,24 @@ def main() -> None:
         print(row)
 
 
-def finished(output: Path, epochs: int) -> bool:
+def train(arm: str, seed: int, args: argparse.Namespace) -> list[dict[str, str]]:
+    """One run of the bundle's workflow, unless it is there already; returns its history."""
+    output = args.work.resolve() / f"{re.sub('[^a-z0-9]+', '_', arm)}_seed{seed}"
     history = read_history(output)
-    return bool(history) and int(float(history[-1]["epoch"])) >= epochs
+    if not history or int(float(history[-1]["epoch"])) < args.epochs:
+        print(f"{arm}, seed {seed}: log in {output.name}/log.txt", flush=True)
+        command = [sys.executable, "-m", "monai.bundle", "run", "training"]
+        command += ["--config_file", str(BUNDLE / "configs/pretrain.json"), "--bundle_root", str(BUNDLE)]
+        command += ["--dataset_dir", str((args.work / "datalist.json").resolve()), "--output_dir", str(output)]
+        command += ["--cache_dir", str(args.work.resolve() / "cache"), "--epochs", str(args.epochs)]
+        command += ["--image_size", json.dumps([args.image_size] * 3), "--crops_per_scan", str(args.crops_per_scan)]
+        command += ["--val_interval", str(max(1, args.epochs // 20)), "--seed", str(seed), *ARMS[arm]]
+        threads = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / "log.txt").open("a") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return read_history(output)
 
 
 def read_history(output: Path) -> list[dict[str, str]]:

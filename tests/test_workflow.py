@@ -102,19 +102,21 @@ def test_what_a_run_leaves_behind(trained):
     assert not list((output / "models").glob("*.part"))
     with (output / "scans.csv").open() as file:
         rows = list(csv.DictReader(file))
-    formats = sorted(row["format"] for row in rows)
+    formats = sorted(row["format"] for row in rows if row["status"].startswith("usable"))
     assert formats == ["DICOM", "NIfTI", "NIfTI", "NIfTI"]
     assert "4 usable scans of 4 subjects" in log
 
 
-def test_the_dicom_series_is_trained_on(scans, tmp_path):
-    done = run(scans / "dicom", tmp_path / "out", tmp_path, epochs=1, crops_per_scan=2)
+def test_it_learns_from_a_dicom_series_alone(scans, tmp_path):
+    settings = {"epochs": 10, "image_size": [48, 48, 48], "crops_per_scan": 64, "learning_rate": 0.001}
+    done = run(scans / "dicom", tmp_path / "out", tmp_path, val_interval=10, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out/models/pretrained/encoder.pt").is_file()
+    last = history(tmp_path / "out")[-1]
+    assert float(last["masked_error"]) < float(last["mean_prediction_error"])
 
 
 def test_killed_and_resumed_equals_unkilled(scans, tmp_path):
-    settings = {"epochs": 6, "val_interval": 2, "cache_dir": str(tmp_path / "cache")}
+    settings = {"epochs": 6, "val_interval": 2, "num_workers": 2, "cache_dir": str(tmp_path / "cache")}
     done = run(scans, tmp_path / "whole", tmp_path, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -139,9 +141,23 @@ def test_killed_and_resumed_equals_unkilled(scans, tmp_path):
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
-    changed = run(scans, tmp_path / "killed", tmp_path, **{**settings, "batch_size": 2})
-    assert changed.returncode != 0
-    assert "batch_size: 8 then, 2 now" in changed.stderr and "--resume false" in changed.stderr
+    # the run is complete: its encoder can still be put elsewhere; other settings are refused unless it starts afresh
+    elsewhere = tmp_path / "elsewhere" / "encoder.pt"
+    again = run(scans, tmp_path / "killed", tmp_path, encoder_path=elsewhere, **settings)
+    assert again.returncode == 0 and "this run is complete" in again.stdout
+    third = torch.load(elsewhere, weights_only=True)
+    assert all(torch.equal(first[name], third[name]) for name in first)
+
+    changed = {**settings, "epochs": 2, "mask#stratify": False, "loss_function#normalize_target": True}
+    refused = run(scans, tmp_path / "killed", tmp_path, **changed)
+    assert refused.returncode != 0
+    last_line = refused.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("error: ") and "epochs: 6 then, 2 now" in last_line and "--resume false" in last_line
+    afresh = run(scans, tmp_path / "killed", tmp_path, resume=False, **changed)
+    assert afresh.returncode == 0, afresh.stdout + afresh.stderr
+    assert len(history(tmp_path / "killed")) == 2
+    record = json.loads((tmp_path / "killed/models/checkpoint.json").read_text())
+    assert record["mask"]["stratify"] is False and record["loss"]["normalize_target"] is True
 
 
 def test_broken_input_stops_before_training_and_can_be_skipped(tmp_path):
@@ -153,7 +169,7 @@ def test_broken_input_stops_before_training_and_can_be_skipped(tmp_path):
         nib.save(image, folder / f"p{i}_T1.nii.gz")
     whole = (folder / "p0_T1.nii.gz").read_bytes()
     (folder / "p8_T1.nii.gz").write_bytes(whole[: len(whole) // 2])
-    stopped = run(folder, tmp_path / "out", tmp_path)
+    stopped = run(folder, tmp_path / "out", tmp_path, skip_unreadable=False)
     assert stopped.returncode != 0 and not (tmp_path / "out/models").exists()
     assert "p8_T1.nii.gz" in stopped.stderr and "--skip_unreadable true" in stopped.stderr
     went_on = run(folder, tmp_path / "out", tmp_path, skip_unreadable=True, epochs=1)
@@ -161,6 +177,8 @@ def test_broken_input_stops_before_training_and_can_be_skipped(tmp_path):
 
     missing = run(tmp_path / "scams", tmp_path / "out2", tmp_path)
     assert missing.returncode != 0 and "scams" in missing.stderr and "scans" in missing.stderr
+    flat = run(folder, tmp_path / "out2", tmp_path, skip_unreadable=True, spatial_dims=2)
+    assert flat.returncode != 0 and "pretrain_2d.json" in flat.stderr.splitlines()[-1]
 
 
 def test_the_2d_overlay_trains_on_slices(scans, tmp_path):
@@ -189,3 +207,16 @@ def test_the_options_of_mask_and_loss_run(scans, tmp_path):
         },
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_it_runs_and_resumes_on_a_gpu(scans, tmp_path):
+    settings = {"epochs": 4, "device": "cuda", "num_workers": 2, "cache_dir": str(tmp_path / "cache")}
+    process = subprocess.Popen(command(scans, tmp_path / "out", **settings), cwd=tmp_path, env=ENVIRONMENT)
+    while process.poll() is None and not (tmp_path / "out/models/checkpoint.pt").is_file():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = run(scans, tmp_path / "out", tmp_path, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(history(tmp_path / "out")) == 4

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers.tqdm_logger import ProgressBar
 from monai.engines.utils import IterationEvents
-from monai.handlers import CheckpointLoader
+from monai.handlers import CheckpointLoader, ValidationHandler
+from monai.utils import str2bool
 
+from .transforms.masking import MaskSampler
 from .visualize import curves, figure_to_array, reconstruction_panel
 
 __all__ = [
@@ -30,6 +33,8 @@ __all__ = [
     "SaveCheckpoint",
     "SaveEncoder",
     "SeedEpoch",
+    "Validation",
+    "errors_last",
     "find_checkpoint",
     "save_atomically",
 ]
@@ -112,6 +117,18 @@ class LoadCheckpoint(CheckpointLoader):
     def __call__(self, engine: Engine) -> None:
         self.load_dict = {**self.load_dict, "trainer": engine}
         super().__call__(engine)
+        if engine.state.epoch >= engine.state.max_epochs:
+            logger.info(f"this run is complete: {engine.state.epoch} of {engine.state.max_epochs} epochs are done")
+
+
+class Validation(ValidationHandler):
+    """MONAI's ``ValidationHandler`` that validates after the last epoch as well, whatever the interval."""
+
+    def attach(self, engine: Engine) -> None:
+        def due(engine: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
 
 
 class SaveCheckpoint:
@@ -151,10 +168,11 @@ class SaveEncoder:
         self.network, self.path, self.interval = network, path, interval
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.COMPLETED, self)  # also of a run that was complete when it was resumed
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+        if engine.state.iteration > 0:
             encoder = getattr(self.network, "module", self.network).encoder
             save_atomically({name: value.detach().cpu() for name, value in encoder.state_dict().items()}, self.path)
 
@@ -267,12 +285,16 @@ class ReconstructionPanel:
     Args:
         output_dir: the panels go to its ``pictures``.
         n_images: rows at the most, taken from the first batch.
+        mask: what draws the masks of the training, to show one of them as well; or None.
         summary_writer: TensorBoard writer, or None.
     """
 
-    def __init__(self, output_dir: str, n_images: int = 4, summary_writer=None) -> None:
+    def __init__(
+        self, output_dir: str, n_images: int = 4, mask: MaskSampler | None = None, summary_writer=None
+    ) -> None:
         self.directory = Path(output_dir) / "pictures"
         self.n_images = n_images
+        self.mask = mask
         self.writer = summary_writer
 
     def attach(self, engine: Engine) -> None:
@@ -280,11 +302,27 @@ class ReconstructionPanel:
 
     def __call__(self, engine: Engine) -> None:
         epoch = engine.state.epoch  # MONAI's ValidationHandler hands over the trainer's
-        figure = reconstruction_panel(engine.state.output, self.n_images, engine.state.batch.get("name"))
+        figure = reconstruction_panel(engine.state.output, self.n_images, engine.state.batch.get("name"), self.mask)
         self.directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.directory / f"epoch_{epoch:04d}.png", dpi=100)
         if self.writer is not None:
             self.writer.add_image("reconstruction", figure_to_array(figure), epoch, dataformats="HWC")
+
+
+def errors_last() -> None:
+    """Let Python end an error's traceback with its first cause: MONAI's config parser wraps it several times."""
+    if getattr(sys.excepthook, "errors_last", False):
+        return
+    before = sys.excepthook
+
+    def hook(kind, error, trace) -> None:
+        before(kind, error, trace)
+        while error.__cause__ is not None:
+            error = error.__cause__
+        print(f"\nerror: {error}", file=sys.stderr)
+
+    hook.errors_last = True
+    sys.excepthook = hook
 
 
 def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str | None:
@@ -293,13 +331,15 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
     Args:
         path: of the checkpoint in the output folder.
         resume: False: start afresh even if there is one, which is kept as ``*_previous.pt``.
-        settings: what must be the same for a run to be resumed, as JSON holds it (network, seed, data, ...).
+        settings: what must be the same for a run to be resumed (data, seed, epochs, ...): what JSON holds, and objects,
+            whose plain attributes are compared.
 
     Raises:
         ValueError: if the checkpoint belongs to a run with other settings, naming them.
     """
     record = Path(path).with_suffix(".json")
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings, default=_attributes))
+    resume = str2bool(resume)  # the command line gives "false" as a string
     if resume and os.path.isfile(path):
         before = json.loads(record.read_text()) if record.is_file() else settings
         changed = [name for name in settings if before.get(name) != settings[name]]
@@ -316,6 +356,11 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=4) + "\n")
     return None
+
+
+def _attributes(settings: Any) -> dict[str, Any]:
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {k: v for k, v in vars(settings).items() if isinstance(v, plain) and not k.startswith("_")}
 
 
 def _short(value: Any) -> str:

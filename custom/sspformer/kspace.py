@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "to_image",
     "magnitude",
     "as_spacing",
+    "spacing_of",
     "axis_frequency",
     "radial_frequency",
     "highpass",
@@ -87,6 +89,22 @@ def as_spacing(spacing: Sequence[float] | Tensor | None, image: Tensor) -> Tenso
     return spacing.expand(batch_size, spatial_dims)
 
 
+def spacing_of(image: Tensor) -> Tensor | None:
+    """Voxel spacing in mm of a channel-first MetaTensor, from its affine; None of a plain tensor.
+
+    Args:
+        image: one image ``(C, *S)``, or a batch ``(B, C, *S)`` as MONAI's loaders collate it.
+
+    Returns:
+        ``(len(S),)``, or ``(B, len(S))`` for a batch, float32.
+    """
+    if not isinstance(image, MetaTensor):
+        return None
+    spatial_dims = image.ndim - (2 if image.is_batch else 1)
+    rotation = image.affine[..., :-1, :-1].to(torch.float32)
+    return rotation.square().sum(dim=-2).sqrt()[..., :spatial_dims]
+
+
 def axis_frequency(image: Tensor, spacing: Sequence[float] | Tensor | None, axis: int, half: bool = False) -> Tensor:
     """Frequency along one spatial axis in cycles per mm, ``(B, n)`` shaped to broadcast against ``(B, C, *S)``.
 
@@ -116,9 +134,8 @@ def radial_frequency(image: Tensor, spacing: Sequence[float] | Tensor | None = N
     """
     spacing = as_spacing(spacing, image)
     n_axes = len(spatial_axes(image))
-    more_than_one = torch.tensor([side > 1 for side in image.shape[2:]], device=image.device)
-    nyquist = torch.where(more_than_one, 0.5 / spacing, torch.zeros_like(spacing))
-    f_max = nyquist.square().sum(dim=1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    nyquist = [0.5 / spacing[:, axis] for axis in range(n_axes) if image.shape[2 + axis] > 1]
+    f_max = torch.stack(nyquist).square().sum(dim=0).sqrt() if nyquist else torch.ones_like(spacing[:, 0])
     f_max = f_max.reshape(-1, *[1] * (image.ndim - 1))
     total = torch.zeros((), device=image.device)
     for axis in range(n_axes):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from monai.utils import ensure_tuple_rep
+from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor, nn
 
 from . import kspace
@@ -65,7 +65,7 @@ class MaskedReconstructionLoss(nn.Module):
         self.visible_weight = visible_weight
         self.spectral_weight = spectral_weight
         self.spectral_gamma = spectral_gamma
-        self.normalize_target = normalize_target
+        self.normalize_target = str2bool(normalize_target)  # the command line gives "false" as a string
 
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar.

@@ -3,7 +3,7 @@ result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -11,8 +11,10 @@ from monai.data import MetaTensor
 from monai.engines import PrepareBatch
 from monai.inferers import SimpleInferer
 from monai.transforms import MapTransform, Randomizable
+from monai.utils import str2bool
 from torch import Tensor
 
+from . import kspace
 from .losses import normalize_patches
 from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
 from .transforms.masking import MaskIndices, MaskSampler, voxel_mask
@@ -29,11 +31,22 @@ __all__ = [
 ]
 
 
+def check_sides(image_size: Sequence[int], spatial_dims: int) -> None:
+    """Raise unless ``image_size`` has ``spatial_dims`` sides."""
+    if len(image_size) != spatial_dims:
+        raise ValueError(
+            f"image_size {list(image_size)} has {len(image_size)} sides, but spatial_dims is {spatial_dims}; for 2D "
+            "add the overlay: --config_file \"['configs/pretrain.json','configs/pretrain_2d.json']\"."
+        )
+
+
 def fast_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 pays on this device: GPUs from Ampere on, CPUs with AVX-512 or better (oneDNN's own test)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.device(device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def weight_decay_groups(network: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -73,7 +86,7 @@ class AutocastInferer(SimpleInferer):
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__()
-        self.enabled = enabled
+        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
 
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if self.enabled else nullcontext()
@@ -124,14 +137,11 @@ class PrepareMaskedBatch(PrepareBatch, Randomizable):
         the patches, and ``spacing``.
         """
         image = batchdata[self.image_key]
-        spacing = None
-        if isinstance(image, MetaTensor):
-            spacing = torch.stack([torch.as_tensor(p) for p in image.pixdim]).to(device, torch.float32, non_blocking)
-            image = image.as_tensor()
-        image = image.to(device, non_blocking=non_blocking, **kwargs).float()
-        if spacing is None:
-            spacing = torch.ones(image.shape[0], image.ndim - 2, device=image.device)
-        spacing = spacing[:, : image.ndim - 2]
+        spacing = kspace.spacing_of(image)
+        image = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
+        if spacing is not None and image.device.type == "cuda":
+            spacing = spacing.pin_memory().to(device, non_blocking=True)  # the host does not wait for the device
+        spacing = kspace.as_spacing(spacing, image)
         if self._generator is None or self._generator.device != image.device:
             self._generator = torch.Generator(image.device).manual_seed(self._device_seed)
 

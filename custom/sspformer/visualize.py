@@ -10,39 +10,49 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .transforms.masking import high_frequency_map
+from .transforms.masking import MaskSampler, high_frequency_map, voxel_mask
 
-__all__ = ["reconstruction_panel", "curves", "figure_to_array"]
-
-PANEL_COLUMNS = ("clean", "input with noise", "high-frequency map", "masked", "reconstruction", "error x 2")
+__all__ = ["axial_slice", "curves", "figure_to_array", "reconstruction_panel"]
 
 
-def reconstruction_panel(output: Mapping, n_images: int = 4, titles: Sequence[str] | None = None) -> Figure:
-    """One row a sample: clean, noisy input, high-frequency map, mask, reconstruction, absolute error.
+def reconstruction_panel(
+    output: Mapping, n_images: int = 4, titles: Sequence[str] | None = None, mask: MaskSampler | None = None
+) -> Figure:
+    """One row a sample: clean, noisy, high-frequency map, masks, reconstruction, absolute error.
 
     Args:
         output: of :class:`sspformer.pretraining.Reconstruct`; images in [0, 1]. Of 3D images the middle slice along the
             last axis (axial after ``Orientationd("RAS")``) is shown, of several channels the first.
         n_images: rows at the most.
         titles: a name for each row.
+        mask: what draws the masks of the training; one more column then shows one of them, and its high-pass is that
+            of the map.
     """
-    target = output["label"]
-    detail = high_frequency_map(target["image"], target["spacing"])
-    hidden = torch.where(output["voxel_mask"], torch.full_like(target["noisy"], torch.nan), target["noisy"])
-    error = (output["reconstruction"] - output["clean"]).abs()
-    columns = [output["clean"], target["noisy"], detail, hidden, output["reconstruction"], error]
-    limits = [1.0, 1.0, None, 1.0, 1.0, 0.5]
-    rows = min(n_images, output["clean"].shape[0])
+    target, clean, noisy = output["label"], output["clean"], output["label"]["noisy"]
+    highpass = (mask.gamma, mask.cutoff) if mask is not None else ()
+    columns = [
+        ("clean", clean, 1.0),
+        ("with noise", noisy, 1.0),
+        ("high-frequency map", high_frequency_map(clean, target["spacing"], *highpass), None),
+        ("input: uniform mask", noisy.masked_fill(output["voxel_mask"], torch.nan), 1.0),
+        ("reconstruction", output["reconstruction"], 1.0),
+        ("error x 2", (output["reconstruction"] - clean).abs(), 0.5),
+    ]
+    if mask is not None:
+        indices, *_ = mask(clean, target["spacing"], torch.Generator(clean.device).manual_seed(0))
+        drawn = voxel_mask(indices, clean.shape[2:], mask.patch_size)
+        columns.insert(3, (f"training mask, beta {mask.beta:.2g}", noisy.masked_fill(drawn, torch.nan), 1.0))
+    rows = min(n_images, clean.shape[0])
 
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows + 0.3), layout="constrained", facecolor="white")
     axes = np.atleast_2d(figure.subplots(rows, len(columns)))
-    colors = matplotlib.colormaps["gray"].with_extremes(bad="#40507a")  # hidden patches
+    gray = matplotlib.colormaps["gray"].with_extremes(bad="#40507a")  # hidden patches
     for row in range(rows):
-        for column, (name, volume, limit) in enumerate(zip(PANEL_COLUMNS, columns, limits)):
-            picture = _slice(volume[row])
+        for column, (name, volume, limit) in enumerate(columns):
+            picture = axial_slice(volume[row])
             axis = axes[row, column]
             shown = limit or float(np.quantile(picture, 0.995)) or 1.0
-            axis.imshow(picture, cmap="magma" if name.startswith(("high", "error")) else colors, vmin=0, vmax=shown)
+            axis.imshow(picture, cmap="magma" if name.startswith(("high", "error")) else gray, vmin=0, vmax=shown)
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:
@@ -52,13 +62,16 @@ def reconstruction_panel(output: Mapping, n_images: int = 4, titles: Sequence[st
     return figure
 
 
-def _slice(image: Tensor) -> np.ndarray:
-    """First channel of ``(C, *S)``; the middle axial slice, right of the person at the left of the picture, front
-    up."""
+def axial_slice(image: Tensor, height: float = 0.5) -> np.ndarray:
+    """An axial slice of an image in RAS order as radiologists look at it: the person's right at the left, front up.
+
+    Args:
+        image: ``(C, *S)``; its first channel is shown, of a 3D image the slice at ``height``, a share of its last side.
+    """
     picture = image[0].detach().float().cpu().numpy()
     if picture.ndim == 3:
-        picture = picture[..., picture.shape[-1] // 2]
-    return np.rot90(picture)
+        picture = picture[..., int(height * picture.shape[-1])]
+    return np.rot90(picture[::-1])
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> Figure:

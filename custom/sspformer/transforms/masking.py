@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
 from torch import Tensor
 
 from .. import kspace
-from .noise import spacing_of
 
 __all__ = [
     "MaskIndices",
@@ -172,15 +171,13 @@ def draw_mask(
     """
     n_tokens = z.shape[1]
     n_mask = _n_mask(n_tokens, ratio)
-    if hints < 0 or hints + ratio > 1 + 1e-9:
-        raise ValueError(f"hints must be in [0, 1 - ratio] = [0, {1 - ratio:.3g}], got {hints}.")
+    _checked_hints(hints, ratio)
 
     def gumbel() -> Tensor:
         uniform = torch.rand(z.shape, generator=generator, device=z.device)
         return -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
 
-    beta = torch.as_tensor(beta, dtype=z.dtype, device=z.device).reshape(-1, 1)
-    score = beta * z + gumbel()
+    score = (beta.to(z).reshape(-1, 1) if isinstance(beta, Tensor) else beta) * z + gumbel()
     if hints > 0:
         n_hints = min(round(hints * n_tokens), n_tokens - n_mask)
         shuffle = gumbel().argsort(dim=1)  # ties, as in air or a flat image, are broken at random
@@ -204,10 +201,20 @@ def draw_mask(
     return _split(torch.zeros_like(taken).scatter_(1, order, taken), n_mask)
 
 
-def _n_mask(n_tokens: int, ratio: float) -> int:
+def _checked_ratio(ratio: float) -> float:
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio must be between 0 and 1 (0.75 is usual), got {ratio}.")
-    n_mask = round(ratio * n_tokens)
+    return ratio
+
+
+def _checked_hints(hints: float, ratio: float) -> float:
+    if hints < 0 or hints + ratio > 1 + 1e-9:
+        raise ValueError(f"hints must be in [0, 1 - ratio] = [0, {1 - ratio:.3g}], got {hints}.")
+    return hints
+
+
+def _n_mask(n_tokens: int, ratio: float) -> int:
+    n_mask = round(_checked_ratio(ratio) * n_tokens)
     if not 0 < n_mask < n_tokens:
         raise ValueError(
             f"a mask ratio of {ratio} of {n_tokens} patches leaves none masked or none visible: "
@@ -259,26 +266,48 @@ def inverse_frequency_mask(
 
 
 class MaskSampler:
-    """The settings of :func:`inverse_frequency_mask`, to be called on batches; ``beta`` may change while training.
+    """The settings of :func:`inverse_frequency_mask`, checked once, to be called on batches.
 
     Args:
         patch_size: voxels along each spatial axis, or one number for all.
         spatial_dims: 2 or 3.
-        ratio: share of masked patches.
-        beta: preference for high-frequency patches, 0 or more; a schedule sets it through :meth:`set_beta`.
-        kwargs: ``gamma``, ``cutoff``, ``local_amplitude``, ``stratify``, ``hints`` of :func:`inverse_frequency_mask`.
+        ratio: share of masked patches, between 0 and 1.
+        beta: preference for high-frequency patches, 0 or more; a schedule may set it through :meth:`set_beta`.
+        gamma: see :func:`sspformer.kspace.highpass`.
+        cutoff: see :func:`sspformer.kspace.highpass`.
+        local_amplitude: see :func:`patch_energy`.
+        stratify: mask foreground and background at the same ratio each.
+        hints: see :func:`draw_mask`.
+
+    Raises:
+        ValueError: if a setting is out of its range.
     """
 
     def __init__(
-        self, patch_size: Sequence[int] | int, spatial_dims: int = 3, ratio: float = 0.75, beta: float = 1.0, **kwargs
+        self,
+        patch_size: Sequence[int] | int,
+        spatial_dims: int = 3,
+        ratio: float = 0.75,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        cutoff: float | None = None,
+        local_amplitude: bool = False,
+        stratify: bool = True,
+        hints: float = 0.0,
     ) -> None:
         self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
-        self.ratio = ratio
-        self.kwargs = kwargs
+        self.ratio = _checked_ratio(ratio)
         self.set_beta(beta)
+        self.gamma, self.cutoff = gamma, cutoff
+        kspace.highpass(torch.zeros(()), gamma, cutoff)  # raises on a wrong one
+        self.local_amplitude = str2bool(local_amplitude)  # the command line gives "false" as a string
+        self.stratify = str2bool(stratify)
+        self.hints = _checked_hints(hints, ratio)
 
     def set_beta(self, beta: float) -> None:
         """Set the preference for high-frequency patches; a parameter setter for MONAI's ``ParamSchedulerHandler``."""
+        if beta < 0:
+            raise ValueError(f"beta must be 0 or more, got {beta}.")
         self.beta = float(beta)
 
     def __call__(
@@ -286,7 +315,17 @@ class MaskSampler:
     ) -> tuple[MaskIndices, Tensor, Tensor]:
         """See :func:`inverse_frequency_mask`."""
         return inverse_frequency_mask(
-            image, self.patch_size, self.ratio, self.beta, spacing, generator=generator, **self.kwargs
+            image,
+            self.patch_size,
+            self.ratio,
+            self.beta,
+            spacing,
+            self.gamma,
+            self.cutoff,
+            self.local_amplitude,
+            self.stratify,
+            self.hints,
+            generator,
         )
 
 
@@ -320,7 +359,7 @@ class RandInverseFrequencyMask(RandomizableTransform):
         image = img.as_subclass(Tensor)[None]
         sampler = MaskSampler(self.patch_size, image.ndim - 2, self.ratio, self.beta, **self.kwargs)
         generator = torch.Generator(img.device).manual_seed(self._seed)
-        indices, *_ = sampler(image, spacing_of(img), generator)
+        indices, *_ = sampler(image, kspace.spacing_of(img), generator)
         mask = voxel_mask(indices, image.shape[2:], sampler.patch_size)[0]
         return convert_to_dst_type(mask, img, dtype=torch.uint8)[0]
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 from torch import Tensor
@@ -139,8 +138,9 @@ def _uniform(bounds: tuple[float, float], *shape: int, generator: torch.Generato
 class NoiseSampler:
     """Draws the parameters of :func:`frequency_weighted_noise` for every sample of a batch, and applies it.
 
-    A range is ``(low, high)``, drawn uniformly for each sample, or one number. Whether a batch moves at all and its
-    phase-encode axis are drawn once a batch.
+    A range is ``(low, high)``, drawn uniformly for each sample, or one number. Each sample moves with probability
+    ``motion_prob``; a batch is in random order, so those that do are its first ones, and the others cost nothing.
+    The phase-encode axis is drawn once a batch.
 
     Args:
         sigma: standard deviation of the thermal noise, a fraction of the intensity range.
@@ -198,11 +198,22 @@ class NoiseSampler:
             generator: on the image's device, for what is drawn for each sample.
             random_state: for what is drawn once a batch.
         """
-        draw = dict(generator=generator, device=image.device)
-        moves, axis = random_state.random_sample() < self.motion_prob, int(random_state.randint(image.ndim - 2))
-        n = image.shape[0]
+        axis = int(random_state.randint(image.ndim - 2))
+        n_moving = random_state.binomial(image.shape[0], self.motion_prob)
+        spacing = kspace.as_spacing(spacing, image)
+        parts = [
+            self._noisy(image[:n_moving], spacing[:n_moving], generator, axis),
+            self._noisy(image[n_moving:], spacing[n_moving:], generator, None),
+        ]
+        return torch.cat(parts)
+
+    def _noisy(self, image: Tensor, spacing: Tensor, generator: torch.Generator | None, axis: int | None) -> Tensor:
+        """Noisy images of one part of a batch, with motion along ``axis`` unless that is None."""
+        n, draw = image.shape[0], {"generator": generator, "device": image.device}
+        if n == 0:
+            return image.float()
         motion = None
-        if moves:
+        if axis is not None:
             peak = torch.stack([_uniform(self.breathing, n, **draw), _uniform(self.heartbeat, n, **draw)], dim=1)
             direction = torch.randn(n, 2, image.ndim - 2, **draw)
             hertz = [_uniform(self.BREATHING_HZ, n, **draw), _uniform(self.HEARTBEAT_HZ, n, **draw)]
@@ -267,14 +278,9 @@ class RandFrequencyWeightedNoise(RandomizableTransform):
             )
         generator = torch.Generator(img.device).manual_seed(self._seed)
         noisy = self.sampler(
-            img.as_subclass(Tensor)[None], spacing_of(img), generator, np.random.RandomState(self._seed)
+            img.as_subclass(Tensor)[None], kspace.spacing_of(img), generator, np.random.RandomState(self._seed)
         )[0]
         return convert_to_dst_type(noisy, img)[0]
-
-
-def spacing_of(img: Tensor) -> Tensor | None:
-    """Voxel spacing in mm of one channel-first image, ``(len(S),)``, from its affine; None if it has none."""
-    return img.pixdim[: img.ndim - 1] if isinstance(img, MetaTensor) else None
 
 
 class RandFrequencyWeightedNoised(RandomizableTransform, MapTransform):
