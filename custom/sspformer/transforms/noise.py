@@ -88,7 +88,7 @@ def noise_weight(rho: Tensor, alpha: Tensor | float, eps0: float = 0.1) -> Tenso
 
 def frequency_weighted_noise(
     image: Tensor,
-    sigma: Tensor | float,
+    sigma: Tensor | float | None,
     alpha: Tensor | float = 0.0,
     spacing: Sequence[float] | Tensor | None = None,
     motion: PhysiologicalMotion | None = None,
@@ -105,7 +105,7 @@ def frequency_weighted_noise(
     Args:
         image: magnitude images ``(B, C, *S)``, not negative: the noise belongs before z-scoring. Runs on its device.
         sigma: standard deviation in the image domain as a fraction of the intensity range (maximum less minimum) of
-            each channel of each sample, a number or ``(B,)``; independent of ``alpha``.
+            each channel of each sample, a number or ``(B,)``; independent of ``alpha``. None: no thermal noise.
         alpha: exponent of the noise weight, a number or ``(B,)``.
         spacing: voxel spacing in mm, ``(len(S),)`` or ``(B, len(S))``; None: 1 mm.
         motion: physiological motion, or None.
@@ -117,17 +117,29 @@ def frequency_weighted_noise(
     """
     image = image.float()
     spacing = kspace.as_spacing(spacing, image)
+    noise = None if sigma is None else _thermal_noise(image, sigma, alpha, spacing, eps0, generator)
+    if motion is None:  # the transform is linear: the image itself need not go to k-space
+        return image.abs() if noise is None else kspace.magnitude(kspace.to_image(noise) + image)
+    signal = kspace.to_kspace(image) * motion.kspace_factor(image, spacing)
+    return kspace.magnitude(kspace.to_image(signal if noise is None else signal + noise))
+
+
+def _thermal_noise(
+    image: Tensor,
+    sigma: Tensor | float,
+    alpha: Tensor | float,
+    spacing: Tensor,
+    eps0: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The term ``sigma w(rho) eps`` of :func:`frequency_weighted_noise`, complex, ``(B, C, *S)``."""
     weight = noise_weight(kspace.radial_frequency(image, spacing), alpha, eps0)
     dims = tuple(range(2, image.ndim))
     intensity_range = image.amax(dim=dims, keepdim=True) - image.amin(dim=dims, keepdim=True)  # (B, C, 1...)
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))
 
     noise = torch.randn(*image.shape, 2, generator=generator, device=image.device)
-    noise = torch.view_as_complex(noise.mul_((weight * (sigma * intensity_range))[..., None]))
-    if motion is None:  # the transform is linear: the image itself need not go to k-space
-        return kspace.magnitude(kspace.to_image(noise) + image)
-    signal = kspace.to_kspace(image) * motion.kspace_factor(image, spacing)
-    return kspace.magnitude(kspace.to_image(signal + noise))
+    return torch.view_as_complex(noise.mul_((weight * (sigma * intensity_range))[..., None]))
 
 
 def _uniform(bounds: tuple[float, float], *shape: int, generator: torch.Generator | None, device) -> Tensor:
@@ -227,7 +239,7 @@ class NoiseSampler:
             )
         return frequency_weighted_noise(
             image,
-            sigma=_uniform(self.sigma, n, **draw),
+            sigma=_uniform(self.sigma, n, **draw) if self.sigma[1] > 0 else None,
             alpha=_uniform(self.alpha, n, **draw),
             spacing=spacing,
             motion=motion,
