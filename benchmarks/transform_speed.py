@@ -8,8 +8,8 @@ Each contender is called as a user calls it, at its defaults, always applied (``
 They do not compute the same: ours adds periodic motion, thermal noise or both (``RandFrequencyWeightedNoise``); its
 motion alone is the like of the others, which draw no noise. MONAI's cut off high frequencies (``RandGibbsNoise``) or
 add a spike (``RandKSpaceSpikeNoise``; ``KSpaceSpikeNoise`` does the work), TorchIO's dampen every n-th plane of k-space
-(``RandomGhosting``) or compose k-space of a few poses (``RandomMotion``, which resamples the volume twice by SimpleITK).
-The comparison says what a data loader pays for each.
+(``RandomGhosting``) or compose k-space of a few poses (``RandomMotion``, which resamples the volume by SimpleITK). The
+comparison says what a data loader pays for each.
 
 Once for every number of threads (``--threads``): of PyTorch, and of SimpleITK, which has its own.
 """

@@ -185,9 +185,3 @@ def test_phase_encode_line_reads_from_the_most_negative_frequency(n_lines):
     in_order_of_reading = np.empty(n_lines)
     in_order_of_reading[line] = frequency
     np.testing.assert_array_equal(in_order_of_reading, np.fft.fftshift(frequency))
-
-
-def test_fast_length_is_the_next_product_of_small_primes():
-    smooth = sorted(2**a * 3**b * 5**c for a in range(10) for b in range(6) for c in range(5))
-    for n in range(1, 400):
-        assert kspace.fast_length(n) == next(m for m in smooth if m >= n)

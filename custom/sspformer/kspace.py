@@ -30,7 +30,6 @@ __all__ = [
     "radial_frequency",
     "highpass",
     "filter_image",
-    "fast_length",
     "phase_encode_line",
 ]
 
@@ -49,11 +48,7 @@ def spatial_axes(image: Tensor) -> tuple[int, ...]:
 def to_kspace(image: Tensor) -> Tensor:
     """Fourier transform over the spatial axes of ``(B, C, *S)``, real or complex; complex, zero frequency first."""
     # the complex-to-complex transform is several times faster on the CPU than PyTorch's full transform of a real input
-    return torch.fft.fftn(
-        image if image.is_complex() else torch.complex(image, torch.zeros_like(image)),
-        dim=spatial_axes(image),
-        norm="ortho",
-    )
+    return torch.fft.fftn(image.to(torch.complex64), dim=spatial_axes(image), norm="ortho")
 
 
 def to_image(kspace: Tensor) -> Tensor:
@@ -64,7 +59,7 @@ def to_image(kspace: Tensor) -> Tensor:
 def magnitude(image: Tensor) -> Tensor:
     """``|x|`` of a complex image, as a real one."""
     # abs() guards against overflow beyond 1e19, which no image needs, at about three times the time on the CPU
-    return torch.addcmul(image.real.square(), image.imag, image.imag).sqrt_()
+    return image.real.square().addcmul_(image.imag, image.imag).sqrt_()
 
 
 def as_spacing(spacing: Sequence[float] | Tensor | None, image: Tensor) -> Tensor:
@@ -169,19 +164,7 @@ def filter_image(image: Tensor, weight: Tensor) -> Tensor:
     """Weigh the k-space of a real image ``(B, C, *S)`` by a real ``weight`` on the half grid; returns a real image."""
     axes = spatial_axes(image)
     half = torch.fft.rfftn(image, dim=axes, norm="ortho")
-    return torch.fft.irfftn(half * weight, s=image.shape[2:], dim=axes, norm="ortho")
-
-
-def fast_length(n: int) -> int:
-    """The smallest side from ``n`` on with no prime factor above 5: other sides can take several times as long."""
-    while True:
-        rest = n
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return n
-        n += 1
+    return torch.fft.irfftn(half.mul_(weight), s=image.shape[2:], dim=axes, norm="ortho")
 
 
 def phase_encode_line(n_lines: int, device: torch.device | str | None = None) -> Tensor:

@@ -68,8 +68,7 @@ def high_frequency_map(
         spacing: voxel spacing in mm, see :func:`sspformer.kspace.as_spacing`.
         gamma: see :func:`sspformer.kspace.highpass`.
         cutoff: see :func:`sspformer.kspace.highpass`.
-        margin: voxels to mirror at each border, 0 or more; less where a side is shorter, and a few more at the end for
-            a side that transforms fast.
+        margin: voxels to mirror at each border, 0 or more; less where a side is shorter.
 
     Returns:
         The map ``(B, 1, *S)``, not negative. Adding a constant to the image does not change it.
@@ -77,15 +76,12 @@ def high_frequency_map(
     dims = tuple(range(1, image.ndim))
     image = image.float()
     image = image - image.mean(dim=dims, keepdim=True)  # W(0) = 0 removes it anyway, but it costs precision until then
-    sides = image.shape[2:]
-    before = [min(margin, side - 1) for side in sides]
-    fast = [kspace.fast_length(side + 2 * p) for side, p in zip(sides, before)]
-    after = [min(full - side - p, side - 1) for full, side, p in zip(fast, sides, before)]
-    pad = [p for pair in zip(reversed(before), reversed(after)) for p in pair]
-    padded = F.pad(image, pad, mode="reflect") if any(pad) else image
+    pad = [min(margin, side - 1) for side in image.shape[2:]]
+    padded = F.pad(image, [p for side in reversed(pad) for p in (side, side)], mode="reflect") if any(pad) else image
     weight = kspace.highpass(kspace.radial_frequency(padded, spacing, half=True), gamma, cutoff)
-    detail = kspace.filter_image(padded, weight).abs().mean(dim=1, keepdim=True)
-    return detail[(..., *(slice(p, p + side) for p, side in zip(before, sides)))]
+    detail = kspace.filter_image(padded, weight).abs_()
+    detail = detail if image.shape[1] == 1 else detail.mean(dim=1, keepdim=True)
+    return detail[(..., *(slice(p, p + side) for p, side in zip(pad, image.shape[2:])))]
 
 
 def _pool(volume: Tensor, patch_size: Sequence[int]) -> Tensor:

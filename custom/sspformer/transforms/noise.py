@@ -82,8 +82,8 @@ def noise_weight(rho: Tensor, alpha: Tensor | float, eps0: float = 0.1) -> Tenso
     if eps0 <= 0:
         raise ValueError(f"eps0 must be above 0, got {eps0}.")
     alpha = torch.as_tensor(alpha, dtype=rho.dtype, device=rho.device).reshape(-1, *[1] * (rho.ndim - 1))
-    weight = (eps0 + rho) ** alpha
-    return weight * weight.square().mean(dim=tuple(range(1, rho.ndim)), keepdim=True).rsqrt()
+    weight = (eps0 + rho).pow_(alpha)
+    return weight.mul_(weight.square().mean(dim=tuple(range(1, rho.ndim)), keepdim=True).rsqrt())
 
 
 def frequency_weighted_noise(
@@ -119,9 +119,13 @@ def frequency_weighted_noise(
     spacing = kspace.as_spacing(spacing, image)
     noise = None if sigma is None else _thermal_noise(image, sigma, alpha, spacing, eps0, generator)
     if motion is None:  # the transform is linear: the image itself need not go to k-space
-        return image.abs() if noise is None else kspace.magnitude(kspace.to_image(noise) + image)
-    signal = kspace.to_kspace(image) * motion.kspace_factor(image, spacing)
-    return kspace.magnitude(kspace.to_image(signal if noise is None else signal + noise))
+        if noise is None:
+            return image.abs()
+        noisy = kspace.to_image(noise)
+        noisy.real.add_(image)
+        return kspace.magnitude(noisy)
+    signal = kspace.to_kspace(image).mul_(motion.kspace_factor(image, spacing))
+    return kspace.magnitude(kspace.to_image(signal if noise is None else signal.add_(noise)))
 
 
 def _thermal_noise(
