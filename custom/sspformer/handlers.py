@@ -108,6 +108,7 @@ class Progress(ProgressBar):
         super().__init__(disable=None)
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
+        engine.state.train_loss = float("nan")  # until the first epoch is over
         super().attach(engine, state_attributes=["train_loss"])
 
 
