@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", help="a NIfTI file")
     parser.add_argument("--output", default=str(ROOT / "bundle" / "docs" / "method.png"))
-    parser.add_argument("--slice", type=float, default=0.6, help="axial slice, as a share of the height")
+    parser.add_argument("--slice", type=float, default=0.62, help="axial slice, as a share of the height")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     image = args.image or make_demo_dataset(ROOT / "bundle" / "demo_data") + "/images/demo_01.nii.gz"
@@ -46,7 +46,9 @@ def main() -> None:
         LoadScand("image"),
         Orientationd("image", "RAS", labels=None),
         Spacingd("image", (1.5, 1.5, 1.5)),
-        CropForegroundd("image", "image", above_mean, margin=10, start_coord_key=None, end_coord_key=None),
+        CropForegroundd(
+            "image", "image", above_mean, margin=4, allow_smaller=True, start_coord_key=None, end_coord_key=None
+        ),
         ScaleIntensityRangePercentilesd("image", 0.5, 99.5, 0, 1, clip=True),
     ]
     batch = next(iter(DataLoader(Dataset([{"image": image}], Compose(steps)), batch_size=1)))
