@@ -2,7 +2,7 @@
 
     python benchmarks/reconstruction_figure.py --run output/pretrain_heads --images A.nii.gz B.nii.gz
 
-``--run`` is the ``output_dir`` of a pretraining run, 3D, tiny preset and patches of 8. It has seen crops; whole heads go
+``--run`` is the ``output_dir`` of a pretraining run, 3D, tiny preset and patches of 8. It saw crops; whole heads go
 through the same weights, as positions are relative. Masks are uniform, the thermal noise 2 to 6 percent.
 """
 
