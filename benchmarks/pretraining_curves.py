@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--crops_per_scan", type=int, default=1)
     parser.add_argument("--image_size", type=int, default=64, help="side of the crops, voxels")
-    parser.add_argument("--arms", nargs="*", default=list(ARMS)[:2], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="*", default=list(ARMS)[:4], choices=list(ARMS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
     if not (args.data / "manifest.csv").is_file():
