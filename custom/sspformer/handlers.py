@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import CallableEventWithFilter, Engine, Events
 from ignite.handlers.tqdm_logger import ProgressBar
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointLoader, ValidationHandler
@@ -122,14 +122,18 @@ class LoadCheckpoint(CheckpointLoader):
             logger.info(f"this run is complete: {engine.state.epoch} of {engine.state.max_epochs} epochs are done")
 
 
+def _every_and_last(interval: int) -> CallableEventWithFilter:
+    """The end of every so many epochs, and of the last one whatever the interval."""
+    return Events.EPOCH_COMPLETED(
+        event_filter=lambda engine, epoch: epoch % interval == 0 or epoch == engine.state.max_epochs
+    )
+
+
 class Validation(ValidationHandler):
     """MONAI's ``ValidationHandler`` that validates after the last epoch as well, whatever the interval."""
 
     def attach(self, engine: Engine) -> None:
-        def due(engine: Engine, epoch: int) -> bool:
-            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
-
-        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+        engine.add_event_handler(_every_and_last(self.interval), self)
 
 
 class SaveCheckpoint:
@@ -148,12 +152,11 @@ class SaveCheckpoint:
         self.path, self.save_dict, self.interval = path, save_dict, interval
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(_every_and_last(self.interval), self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
-            objects = {**self.save_dict, "trainer": engine}
-            save_atomically({name: obj.state_dict() for name, obj in objects.items()}, self.path)
+        objects = {**self.save_dict, "trainer": engine}
+        save_atomically({name: obj.state_dict() for name, obj in objects.items()}, self.path)
 
 
 class SaveEncoder:

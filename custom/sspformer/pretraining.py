@@ -26,6 +26,7 @@ __all__ = [
     "PrepareMaskedBatch",
     "Reconstruct",
     "above_mean",
+    "check_sides",
     "fast_bfloat16",
     "weight_decay_groups",
 ]

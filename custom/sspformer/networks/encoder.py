@@ -37,7 +37,7 @@ class SSPFormerEncoder(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: channels of the image.
         patch_size: voxels along each spatial axis, or one number for all.
-        size: preset of width, depth and heads: "tiny" (about 5 M parameters), "small" (21 M) or "base" (86 M).
+        size: preset of width, depth and heads: "tiny" (about 5 M parameters), "small" (21 M) or "base" (85 M).
         dim: channels of the tokens, in place of the preset's.
         depth: number of blocks, in place of the preset's.
         num_heads: attention heads, in place of the preset's.

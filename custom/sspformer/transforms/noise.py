@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import kspace
 
 __all__ = [
+    "NoiseSampler",
     "PhysiologicalMotion",
     "frequency_weighted_noise",
     "noise_weight",
