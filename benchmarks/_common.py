@@ -1,4 +1,4 @@
-"""What the benchmarks share: MONAI's network, alternating timings, facts about the machine, CSV files, tables."""
+"""What the benchmarks share: MONAI's network, timings in turn, facts about the machine, heads, CSV files, tables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from monai.data import DataLoader, Dataset
 from monai.networks.nets import MaskedAutoEncoderViT
+from monai.transforms import Compose, CropForegroundd, Orientationd, ScaleIntensityRangePercentilesd, Spacingd
 from torch import Tensor, nn
 
 from sspformer import __version__ as sspformer_version
+from sspformer.data import LoadScand
 from sspformer.networks import SIZES
+from sspformer.pretraining import above_mean
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -176,6 +180,19 @@ def _cpu_model() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def head_loader(images: Sequence[str], spacing: float) -> DataLoader:
+    """Batches of one whole head each, ``image`` (1, 1, *S): RAS, isotropic ``spacing`` in mm, cropped, in [0, 1]."""
+    foreground = {"source_key": "image", "select_fn": above_mean, "margin": 4, "allow_smaller": True}
+    steps = [
+        LoadScand("image"),
+        Orientationd("image", "RAS", labels=None),
+        Spacingd("image", [spacing] * 3),
+        CropForegroundd("image", **foreground, start_coord_key=None, end_coord_key=None),
+        ScaleIntensityRangePercentilesd("image", 0.5, 99.5, 0, 1, clip=True),
+    ]
+    return DataLoader(Dataset([{"image": image} for image in images], Compose(steps)), batch_size=1)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -13,13 +13,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from _common import head_loader
 from matplotlib.figure import Figure
-from monai.data import DataLoader, Dataset
-from monai.transforms import Compose, CropForegroundd, Orientationd, ScaleIntensityRangePercentilesd, Spacingd
 
-from sspformer.data import LoadScand
 from sspformer.demo import make_demo_dataset
-from sspformer.pretraining import above_mean
 from sspformer.transforms import (
     NoiseSampler,
     frequency_weighted_noise,
@@ -42,16 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     image = args.image or make_demo_dataset(ROOT / "bundle" / "demo_data") + "/images/demo_01.nii.gz"
 
-    steps = [
-        LoadScand("image"),
-        Orientationd("image", "RAS", labels=None),
-        Spacingd("image", (1.5, 1.5, 1.5)),
-        CropForegroundd(
-            "image", "image", above_mean, margin=4, allow_smaller=True, start_coord_key=None, end_coord_key=None
-        ),
-        ScaleIntensityRangePercentilesd("image", 0.5, 99.5, 0, 1, clip=True),
-    ]
-    batch = next(iter(DataLoader(Dataset([{"image": image}], Compose(steps)), batch_size=1)))
+    batch = next(iter(head_loader([image], 1.5)))
     spacing = torch.tensor([[1.5, 1.5, 1.5]])
     clean = batch["image"].as_tensor()
 

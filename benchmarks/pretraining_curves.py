@@ -27,6 +27,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from _common import RESULTS, write_csv
+
 HERE = Path(__file__).resolve().parent
 BUNDLE = HERE.parent / "bundle"
 ARMS = {
@@ -83,12 +85,10 @@ def main() -> None:
             if row.get("masked_error"):
                 rows.append({"arm": arm, "seed": seed, **{k: row[k] for k in ["epoch", "iteration", "beta", *METRICS]}})
 
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    write_csv(results / "pretraining_curves.csv", rows)
+    write_csv(RESULTS / "pretraining_curves.csv", rows)
     summary = summarise(rows, args)
-    write_csv(results / "pretraining_summary.csv", summary)
-    plot(rows, args.arms, results / "pretraining_curves.png")
+    write_csv(RESULTS / "pretraining_summary.csv", summary)
+    plot(rows, args.arms, RESULTS / "pretraining_curves.png")
     for row in summary:
         print(row)
 
@@ -133,13 +133,6 @@ def summarise(rows: list[dict], args: argparse.Namespace) -> list[dict]:
             line[f"{metric}_low"], line[f"{metric}_high"] = f"{min(values):.5g}", f"{max(values):.5g}"
         summary.append(line)
     return summary
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
 
 
 def plot(rows: list[dict], arms: list[str], path: Path) -> None:

@@ -12,14 +12,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from monai.data import DataLoader, Dataset
-from monai.transforms import Compose, CropForegroundd, Orientationd, ScaleIntensityRangePercentilesd, Spacingd
+from _common import head_loader
+from matplotlib.image import imsave
 
-from sspformer.data import LoadScand
 from sspformer.networks import MaskedAutoencoder
-from sspformer.pretraining import PrepareMaskedBatch, Reconstruct, above_mean
+from sspformer.pretraining import PrepareMaskedBatch, Reconstruct
 from sspformer.transforms import MaskSampler, NoiseSampler
-from sspformer.visualize import reconstruction_panel
+from sspformer.visualize import figure_to_array, reconstruction_panel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,24 +34,11 @@ def main() -> None:
 
     network = MaskedAutoencoder().eval()
     network.load_state_dict(torch.load(args.run / "models/checkpoint.pt", weights_only=True)["network"])
-    steps = [
-        LoadScand("image"),
-        Orientationd("image", "RAS", labels=None),
-        Spacingd("image", [args.spacing] * 3),
-        CropForegroundd(
-            "image", "image", above_mean, margin=4, allow_smaller=True, start_coord_key=None, end_coord_key=None
-        ),
-        ScaleIntensityRangePercentilesd("image", 0.5, 99.5, 0, 1, clip=True),
-    ]
     prepare = PrepareMaskedBatch(MaskSampler(8, beta=0.0), NoiseSampler(sigma=(0.02, 0.06)), seed=args.seed)
     reconstruct = Reconstruct(network)
 
-    from matplotlib.image import imsave
-
-    from sspformer.visualize import figure_to_array
-
     rows = []
-    for batch in DataLoader(Dataset([{"image": path} for path in args.images], Compose(steps)), batch_size=1):
+    for batch in head_loader(args.images, args.spacing):
         noisy, target, _, indices = prepare(batch, "cpu")
         with torch.no_grad():
             output = reconstruct({"label": target, "pred": network(noisy, **indices)})
