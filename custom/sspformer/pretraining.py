@@ -76,7 +76,7 @@ def above_mean(image: Tensor) -> Tensor:
 
 
 class AutocastInferer(SimpleInferer):
-    """MONAI's ``SimpleInferer`` under bfloat16 autocast, on CPU and GPU alike.
+    """MONAI's ``SimpleInferer`` under bfloat16 autocast, on CPU and GPU alike; its output is float32 again.
 
     MONAI's trainer knows autocast for CUDA only. bfloat16 needs no loss scaling, so nothing else of the trainer
     changes.
@@ -92,7 +92,8 @@ class AutocastInferer(SimpleInferer):
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if self.enabled else nullcontext()
         with autocast:
-            return super().__call__(inputs, network, *args, **kwargs)
+            output = super().__call__(inputs, network, *args, **kwargs)
+        return output.float()
 
 
 class PrepareMaskedBatch(PrepareBatch, Randomizable):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
@@ -74,6 +75,12 @@ class SSPFormerEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(self.dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim)
         self.apply(init_weights)
+        # so that a file says what its weights are for: the shapes of the others do not tell 8 x 8 from 4 x 4 x 4 voxels
+        self.register_buffer("layout", torch.tensor([num_heads, in_channels, *self.patch_size]))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        state_dict.setdefault(f"{prefix}layout", self.layout)  # files of before there was one
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def grid(self, image_size: Sequence[int]) -> tuple[int, ...]:
         """Token grid of an image: ``ceil(S / patch_size)``."""
@@ -93,6 +100,18 @@ class SSPFormerEncoder(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, rotation)
         return self.norm(tokens)
+
+    def hidden_tokens(self, image: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """Tokens ``(B, N, dim)`` after each of the blocks ``depths`` (1 is the first); the last block's are normalised
+        as in :meth:`forward`."""
+        tokens, rotation = self.embed(image)
+        hidden = {}
+        for depth, block in enumerate(self.blocks[: max(depths)], start=1):
+            tokens = block(tokens, rotation)
+            hidden[depth] = tokens
+        if max(depths) == len(self.blocks):
+            hidden[len(self.blocks)] = self.norm(tokens)
+        return [hidden[depth] for depth in depths]
 
     def embed(self, image: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Patches to tokens ``(B, K, dim)``, and their rotations; see :meth:`forward`."""

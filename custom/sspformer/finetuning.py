@@ -1,0 +1,54 @@
+"""What fine-tuning needs besides MONAI's own: learning rates that fall towards the encoder's first layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["is_null", "layer_decay_groups"]
+
+
+def is_null(value) -> bool:
+    """Whether an entry of a config means "none": None, or the words that a command line has for it."""
+    return value is None or str(value).strip().lower() in ("", "none", "null", "false")
+
+
+def layer_decay_groups(
+    network: nn.Module, learning_rate: float, layer_decay: float = 1.0, weight_decay: float = 0.0
+) -> list[dict]:
+    """Parameter groups for AdamW, with layer-wise learning-rate decay in the encoder.
+
+    The decoder learns at ``learning_rate``; the encoder's last block at ``layer_decay`` times that, the block before it
+    at ``layer_decay ** 2`` times, and so on to the patch embedding (Clark et al., arXiv 2003.10555; Bao et al.,
+    arXiv 2106.08254). Matrices and convolutions decay their weights; biases and norms do not.
+
+    Args:
+        network: a dense network with an ``encoder``, or its parallel wrapper.
+        learning_rate: of the decoder, above 0.
+        layer_decay: in (0, 1]; 1: one learning rate for all.
+        weight_decay: of AdamW, at least 0.
+
+    Raises:
+        ValueError: if ``layer_decay`` is outside its range.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 gives all layers one learning rate.")
+    network = getattr(network, "module", network)
+    n_blocks = len(network.encoder.blocks)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        distance = 0  # from the decoder, in layers
+        if name.startswith("encoder.blocks."):
+            distance = n_blocks - int(name.split(".")[2])
+        elif name.startswith("encoder.norm."):
+            distance = 1
+        elif name.startswith("encoder."):
+            distance = n_blocks + 1
+        groups.setdefault((distance, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * layer_decay**distance,
+            "weight_decay": weight_decay if matrices else 0.0,
+        }
+        for (distance, matrices), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

@@ -1,0 +1,150 @@
+"""The dense network of the three tasks: encoder tokens for context, a convolutional path for detail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.blocks import Convolution
+from torch import Tensor, nn
+
+from .encoder import SSPFormerEncoder
+from .layers import pad_to_patches
+
+__all__ = ["SSPFormerDense"]
+
+
+class SSPFormerDense(nn.Module):
+    """SSPFormer encoder and a lightweight decoder: class scores, or a restored image, for every voxel.
+
+    ::
+
+        image -- shallow convolutions, halved down to the grid above the tokens' -- detail at each scale
+          |                                                                          |
+          +---- encoder -- tokens of several depths, projected --- doubled, joined with the detail -- head
+
+    The token grid of a patch of 8 is coarse (16 mm at 2 mm voxels): tokens say what is where, the convolutions draw its
+    border. After the idea of UNETR (Hatamizadeh et al., arXiv 2103.10504) with the convolutional stem of ViT-Adapter
+    (Chen et al., arXiv 2205.08534) in place of deep skip connections.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        out_channels: classes, background included; or channels of the restored image.
+        patch_size: voxels along each spatial axis, powers of 2, or one number for all.
+        size: preset of the encoder, see :data:`sspformer.networks.SIZES`.
+        features: channels of the convolutions on the full grid; doubled at each halving.
+        residual: the head's output is added to the image, and is 0 before training: restoration starts from its input.
+        norm: of the convolutions, as :class:`monai.networks.blocks.Convolution` takes it; None for restoration, where
+            the level of the noise must not be normalised away.
+        depths: the blocks (1 is the first) whose tokens the decoder sees; None: a third, two thirds and all of them.
+        dim, depth, num_heads: of the encoder, in place of the preset's.
+
+    Raises:
+        ValueError: if ``patch_size`` is no power of 2 or 1, a residual network's channels differ, a depth is not in the
+        encoder, or the encoder refuses its arguments.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        out_channels: int = 2,
+        patch_size: Sequence[int] | int = 8,
+        size: str = "tiny",
+        features: int = 16,
+        residual: bool = False,
+        norm: str | tuple | None = ("instance", {"affine": True}),
+        depths: Sequence[int] | None = None,
+        dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if residual and in_channels != out_channels:
+            raise ValueError(
+                f"a residual network gives back the channels it gets: in_channels {in_channels} and out_channels "
+                f"{out_channels} must be equal."
+            )
+        self.residual = residual
+        self.encoder = SSPFormerEncoder(spatial_dims, in_channels, patch_size, size, dim, depth, num_heads)
+        strides = halvings(self.encoder.patch_size)
+        n_blocks = len(self.encoder.blocks)
+        self.depths = tuple(depths or sorted({-(-n_blocks * third // 3) for third in (1, 2, 3)}))
+        if not all(1 <= depth <= n_blocks for depth in self.depths):
+            raise ValueError(f"depths must be within 1 and {n_blocks}, the blocks of the encoder, got {self.depths}.")
+
+        channels = [features * 2**level for level in range(len(strides) + 1)]  # the last: of the token grid
+
+        def convolution(into: int, out: int, stride: Sequence[int] | int = 1) -> Convolution:
+            return Convolution(
+                spatial_dims,
+                into,
+                out,
+                strides=stride,
+                adn_ordering="NA",
+                act="LEAKYRELU",
+                norm=norm,
+                bias=norm is None,
+            )
+
+        self.stem = nn.ModuleList([convolution(in_channels, channels[0])])
+        for level, stride in enumerate(strides[:-1]):
+            narrow, wide = channels[level], channels[level + 1]
+            self.stem.append(nn.Sequential(convolution(narrow, wide, stride), convolution(wide, wide)))
+
+        self.token_norms = nn.ModuleList(nn.LayerNorm(self.encoder.dim) for _ in self.depths)
+        self.token_projection = nn.Linear(self.encoder.dim * len(self.depths), channels[-1])
+        transposed = nn.ConvTranspose3d if spatial_dims == 3 else nn.ConvTranspose2d
+        self.upsample, self.fuse = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(strides))):
+            narrow, wide = channels[level], channels[level + 1]
+            self.upsample.append(transposed(wide, narrow, kernel_size=strides[level], stride=strides[level]))
+            self.fuse.append(convolution(2 * narrow, narrow))
+        self.head = (nn.Conv3d if spatial_dims == 3 else nn.Conv2d)(channels[0], out_channels, kernel_size=1)
+        if residual:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``(B, in_channels, *S)``, any size -> ``(B, out_channels, *S)``: logits, or the restored image."""
+        padded = pad_to_patches(image, self.encoder.patch_size)
+        tokens = self.forward_encoder(padded)
+        detail = self.forward_stem(padded)
+        out = self.forward_decoder(tokens, detail)
+        out = out[(..., *(slice(side) for side in image.shape[2:]))]
+        return image + out if self.residual else out
+
+    def forward_encoder(self, image: Tensor) -> Tensor:
+        """Tokens of all ``depths``, projected, on their grid: ``(B, C, *grid)``."""
+        hidden = self.encoder.hidden_tokens(image, self.depths)
+        tokens = torch.cat([norm(tokens) for norm, tokens in zip(self.token_norms, hidden)], dim=-1)
+        return self.token_projection(tokens).transpose(1, 2).unflatten(2, self.encoder.grid(image.shape[2:]))
+
+    def forward_stem(self, image: Tensor) -> list[Tensor]:
+        """Detail on the full grid ``(B, features, *S)`` and on each halved one, finest first."""
+        detail = []
+        for stage in self.stem:
+            image = stage(image)
+            detail.append(image)
+        return detail
+
+    def forward_decoder(self, tokens: Tensor, detail: list[Tensor]) -> Tensor:
+        """From the token grid up to the full one, ``(B, out_channels, *S)``."""
+        for upsample, fuse, fine in zip(self.upsample, self.fuse, reversed(detail)):
+            tokens = fuse(torch.cat([upsample(tokens), fine], dim=1))
+        return self.head(tokens)
+
+
+def halvings(patch_size: Sequence[int]) -> list[tuple[int, ...]]:
+    """Strides that lead from voxels to tokens, finest first: 2 along each axis whose patch is not yet used up.
+
+    >>> halvings((8, 8, 2))
+    [(2, 2, 1), (2, 2, 1), (2, 2, 2)]
+    """
+    if max(patch_size) < 2 or any(patch < 1 or patch & (patch - 1) for patch in patch_size):
+        raise ValueError(f"patch_size must be powers of 2, at least one above 1, got {tuple(patch_size)}.")
+    levels = [patch.bit_length() - 1 for patch in patch_size]
+    steps = max(levels)
+    # an axis with a small patch has coarse voxels: it is halved last, when the others have caught up
+    return [tuple(2 if step >= steps - n else 1 for n in levels) for step in range(steps)]

@@ -1,0 +1,119 @@
+"""The dense network: any size and channel count, the identity before training, and that both of its paths learn."""
+
+import pytest
+import torch
+from monai.losses import DiceCELoss
+
+from sspformer.finetuning import is_null, layer_decay_groups
+from sspformer.networks import SSPFormerDense
+from sspformer.networks.dense import halvings
+
+TOY = {"dim": 48, "depth": 2, "num_heads": 2, "features": 8}
+
+
+def toy(**kwargs):
+    torch.manual_seed(0)
+    return SSPFormerDense(**{**TOY, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "spatial_dims, patch, shape, in_channels, out_channels",
+    [
+        (3, 8, (17, 24, 9), 1, 3),
+        (3, (8, 8, 2), (16, 20, 5), 2, 4),
+        (2, 16, (40, 33), 3, 2),
+        (2, (4, 1), (9, 5), 1, 2),
+    ],
+)
+def test_any_size_patch_and_channels(spatial_dims, patch, shape, in_channels, out_channels):
+    network = toy(spatial_dims=spatial_dims, patch_size=patch, in_channels=in_channels, out_channels=out_channels)
+    assert network(torch.rand(2, in_channels, *shape)).shape == (2, out_channels, *shape)
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 8), (8, 8, 2), (16, 4), (4, 1)])
+def test_halvings_use_up_the_patch(patch):
+    product = [1] * len(patch)
+    for step in halvings(patch):
+        product = [a * b for a, b in zip(product, step)]
+    assert tuple(product) == patch
+
+
+def test_a_residual_network_starts_as_the_identity():
+    image = torch.rand(1, 2, 12, 10, 7)
+    network = toy(in_channels=2, out_channels=2, residual=True, norm=None)
+    assert torch.equal(network(image), image)
+    network(image).sum().backward()
+    assert network.head.weight.grad.abs().sum() > 0  # and can leave it
+
+
+def test_depths_default_to_thirds_and_choose_the_tokens():
+    assert SSPFormerDense(size="tiny").depths == (2, 4, 6)
+    assert SSPFormerDense(size="small").depths == (4, 8, 12)
+    network = toy(depths=(1,))
+    for parameter in network.encoder.blocks[1].parameters():
+        torch.nn.init.normal_(parameter)
+    image = torch.rand(1, 1, 16, 16, 16)
+    before = network(image)
+    torch.nn.init.normal_(network.encoder.blocks[1].mlp[0].weight)
+    assert torch.equal(network(image), before)  # the second block is not looked at
+
+
+def test_hidden_tokens_end_in_the_encoders_output():
+    network = toy()
+    image = torch.rand(1, 1, 16, 16, 16)
+    first, last = network.encoder.hidden_tokens(image, (1, 2))
+    assert torch.equal(last, network.encoder(image)) and not torch.allclose(first, last)
+
+
+@pytest.mark.parametrize("path", ["tokens", "detail"])
+def test_each_path_alone_learns_what_it_can_know(path):
+    """Coarse blocks from the tokens, thin lines from the convolutions."""
+    network = toy(spatial_dims=2, patch_size=8, out_channels=2)
+    frozen = network.stem if path == "tokens" else network.encoder
+    frozen.requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(4, 1, 32, 32, generator=generator)
+    label = (image > 0.8).long()
+    if path == "tokens":
+        label = (torch.nn.functional.avg_pool2d(image, 8) > 0.5).repeat_interleave(8, 2).repeat_interleave(8, 3).long()
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], 3e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses.append(loss(network(image), label))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_wrong_construction_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="powers of 2"):
+        toy(patch_size=6)
+    with pytest.raises(ValueError, match="in_channels 1 and out_channels 3 must be equal"):
+        toy(residual=True, out_channels=3)
+    with pytest.raises(ValueError, match="within 1 and 2"):
+        toy(depths=(3,))
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W, D\), got \(1, 2, 8, 8, 8\)"):
+        toy()(torch.rand(1, 2, 8, 8, 8))
+
+
+def test_learning_rates_fall_towards_the_first_layers():
+    network = toy()
+    groups = layer_decay_groups(network, 1.0, 0.5, weight_decay=0.1)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == len(list(network.parameters()))
+    assert rates[id(network.head.weight)] == 1.0
+    assert rates[id(network.encoder.blocks[1].mlp[0].weight)] == 0.5
+    assert rates[id(network.encoder.blocks[0].mlp[0].weight)] == 0.25
+    assert rates[id(network.encoder.patch_embedding.weight)] == 0.125
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays[id(network.head.weight)] == 0.1 and decays[id(network.head.bias)] == 0.0
+    assert len({group["lr"] for group in layer_decay_groups(network, 1.0, 1.0)}) == 1
+    with pytest.raises(ValueError, match="layer_decay must be in"):
+        layer_decay_groups(network, 1.0, 1.5)
+
+
+@pytest.mark.parametrize("value, null", [(None, True), ("null", True), ("None", True), ("encoder.pt", False)])
+def test_words_for_none(value, null):
+    assert is_null(value) is null
