@@ -1,15 +1,28 @@
 """From a folder of scans, whatever it holds, to a checked datalist that is split by subject; and reading its items.
 
 `prepare_datalist` finds NIfTI files and DICOM series, reads every one of them once (a truncated file or a NaN voxel
-shows only in the data), says in plain words what cannot be used, and splits by subject. `LoadScand` reads its items.
+shows only in the data), says in plain words what cannot be used, and splits by subject. `prepare_pairs` does so for
+images with label maps, `prepare_test_data` for those to evaluate on, and `find_inputs` finds the scans to infer from.
+`LoadScand` reads the items of all of them.
 No patient identity of a DICOM header reaches a name, a log or a file: a PatientID is used only through its hash.
 
 Each module knows only those before it: ``naming`` (what a path says), ``reading`` (voxels and affine, or the reason why
-not), ``checking`` (whether a scan can be trained on), ``finding`` (which scans there are, and whose), ``datalist``.
+not), ``checking`` (whether a scan can be trained on), ``finding`` (which scans there are, and whose), ``datalist``, and
+on top of it ``pairs`` and ``inputs``.
 """
 
 from .datalist import prepare_datalist
+from .inputs import find_inputs
 from .naming import is_label_path, subject_of
+from .pairs import prepare_pairs, prepare_test_data
 from .reading import LoadScand
 
-__all__ = ["LoadScand", "is_label_path", "prepare_datalist", "subject_of"]
+__all__ = [
+    "LoadScand",
+    "find_inputs",
+    "is_label_path",
+    "prepare_datalist",
+    "prepare_pairs",
+    "prepare_test_data",
+    "subject_of",
+]

@@ -20,12 +20,50 @@ from .reading import Unusable, by, check_size, read_dicom, without_ones
 
 logger = logging.getLogger("sspformer")
 
-CHECK_VERSION = 1  # raise it whenever the check below changes, so that results cached by an older one are not used
+CHECK_VERSION = 2  # raise it whenever the check below changes, so that results cached by an older one are not used
 NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
 
 
 def check_nifti(files: list[Path], min_size: int) -> dict:
-    """Reads a NIfTI file to its last byte; returns its shape, spacing, orientation and, if 4D, its usable volumes."""
+    """Reads a NIfTI file to its last byte; returns its grid (see `check_header`) and, if 4D, its usable volumes."""
+    grid, image, voxels = _read_nifti(files, min_size)
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    four = len(without_ones(image.shape)) == 4
+    ranges = [_value_range(voxels[:, :, :, i]) for i in range(image.shape[3])] if four else [_value_range(voxels)]
+    _value_range(np.array(ranges) * slope + intercept)
+    varied = [i for i, (low, high) in enumerate(ranges) if low < high and slope != 0]
+    if not varied:
+        raise Unusable("all voxels have the same value")
+    return grid | ({"volumes": varied} if four else {})
+
+
+def check_label(files: list[Path]) -> dict:
+    """Reads a label map to its last byte; returns its grid (see `check_header`) and the voxels of each value in it.
+
+    Raises `Unusable` when it is no NIfTI file of one volume, or has a value that is not an integer.
+    """
+    grid, image, voxels = _read_nifti(files, min_size=2)
+    if len(shape := without_ones(image.shape)) > 3:
+        raise Unusable(f"4D (shape {by(shape)}): a label map is one volume of class numbers")
+    values, counts = np.unique(voxels, return_counts=True)
+    values = values * float(image.dataobj.slope) + float(image.dataobj.inter)
+    whole = np.isfinite(values) & (np.abs(values - np.round(values)) < 1e-4)  # scl_slope is a float32
+    if not whole.all():
+        examples = ", ".join(f"{value:.4g}" for value in values[~whole][:3])
+        raise Unusable(f"its values are not integers (such as {examples}), so it is not a map of class numbers")
+    return grid | {"values": {str(int(v)): int(n) for v, n in zip(np.round(values), counts, strict=True)}}
+
+
+def check_header(files: list[Path], min_size: int) -> dict:
+    """What the header of a NIfTI file says, without its voxels: shape, spacing in mm, orientation, affine to RAS mm.
+
+    Args:
+        files: the NIfTI file, or the .hdr and .img of a pair.
+        min_size: fewest voxels along each side.
+
+    Raises:
+        Unusable: with the reason, when this is not a volume, or series of volumes, of real numbers on a valid grid.
+    """
     path = files[0]
     if not all(file.stat().st_size for file in files):
         raise Unusable("empty file (0 bytes)")
@@ -37,46 +75,55 @@ def check_nifti(files: list[Path], min_size: int) -> dict:
     with open_file(path, "rb") as file:
         if len(file.read(348)) < 348:
             raise Unusable("not a NIfTI file although named so (too short for a header)")
-        image_class = type(nib.load(path))
-        if not issubclass(image_class, (nib.Nifti1Pair, nib.Nifti2Pair)):
-            if issubclass(image_class, nib.AnalyzeImage):
+        image = nib.load(path)
+        if not isinstance(image, (nib.Nifti1Pair, nib.Nifti2Pair)):
+            if isinstance(image, nib.AnalyzeImage):
                 raise Unusable("Analyze 7.5, not NIfTI: its orientation is unknown")
-            raise Unusable(f"not a volume in NIfTI format but a {image_class.__name__}")
+            raise Unusable(f"not a volume in NIfTI format but a {type(image).__name__}")
         file.seek(0)
-        raw_header = image_class.header_class.from_fileobj(file, check=False)  # a checked one has zero spacing mended
-        file.seek(0)
+        raw_header = image.header_class.from_fileobj(file, check=False)  # a checked one has zero spacing mended
+
+    shape = without_ones(image.shape)
+    dtype = image.get_data_dtype()
+    if dtype.names or dtype.kind not in "iufb":
+        kind = "complex numbers" if dtype.kind == "c" else "a colour image (RGB)" if dtype.names else str(dtype)
+        raise Unusable(f"voxels are {kind}, not one real number each")
+    intent = int(image.header["intent_code"])
+    if len(shape) > 4 or (len(shape) == 4 and intent in NIFTI_VECTOR_INTENTS):
+        raise Unusable(f"{len(shape)}D data (shape {by(shape)}: {NIFTI_VECTOR_INTENTS.get(intent, 'vectors')}?)")
+    check_size(shape, min_size)
+    spacing = nib.affines.voxel_sizes(image.affine)
+    if int(raw_header["sform_code"]) == 0:  # then the affine comes from the spacing in the header
+        spacing = np.abs(raw_header["pixdim"][1:4])
+    if not np.isfinite(image.affine).all() or not np.isfinite(spacing).all() or min(spacing) <= 0:
+        raise Unusable(f"zero or non-finite voxel spacing ({by(spacing)} mm)")
+    if abs(np.linalg.det(image.affine[:3, :3] / spacing)) < 1e-3:
+        raise Unusable("singular affine: its axes do not span three dimensions")
+    return _grid(shape, spacing, image.affine)
+
+
+def _grid(shape: Sequence[int], spacing: np.ndarray, affine: np.ndarray) -> dict:
+    return {
+        "shape": [int(n) for n in shape[:3]],
+        "spacing": [float(s) for s in spacing],
+        "orientation": "".join(axis or "?" for axis in nib.aff2axcodes(affine)),
+        "affine": affine.tolist(),
+    }
+
+
+def _read_nifti(files: list[Path], min_size: int) -> tuple[dict, nib.Nifti1Pair, np.ndarray]:
+    """The grid, the image and the voxels as they are stored; raises if they cannot be read to the file's end."""
+    grid, path = check_header(files, min_size), files[0]
+    image = nib.load(path)
+    if path.suffix.lower() != ".gz":
+        return grid, image, image.dataobj.get_unscaled()
+    with gzip.open(path, "rb") as file:
         # Reading through our own stream, and on to its end, also verifies gzip's check sum.
-        image = image_class.from_stream(file) if compressed else nib.load(path)
-
-        shape = without_ones(image.shape)
-        dtype = image.get_data_dtype()
-        if dtype.names or dtype.kind not in "iufb":
-            kind = "complex numbers" if dtype.kind == "c" else "a colour image (RGB)" if dtype.names else str(dtype)
-            raise Unusable(f"voxels are {kind}, not one real number each")
-        intent = int(image.header["intent_code"])
-        if len(shape) > 4 or (len(shape) == 4 and intent in NIFTI_VECTOR_INTENTS):
-            raise Unusable(f"{len(shape)}D data (shape {by(shape)}: {NIFTI_VECTOR_INTENTS.get(intent, 'vectors')}?)")
-        check_size(shape, min_size)
-        spacing = nib.affines.voxel_sizes(image.affine)
-        if int(raw_header["sform_code"]) == 0:  # then the affine comes from the spacing in the header
-            spacing = np.abs(raw_header["pixdim"][1:4])
-        if not np.isfinite(image.affine).all() or not np.isfinite(spacing).all() or min(spacing) <= 0:
-            raise Unusable(f"zero or non-finite voxel spacing ({by(spacing)} mm)")
-        if abs(np.linalg.det(image.affine[:3, :3] / spacing)) < 1e-3:
-            raise Unusable("singular affine: its axes do not span three dimensions")
-
+        image = type(image).from_stream(file)
         voxels = image.dataobj.get_unscaled()
-        while compressed and file.read(1 << 20):
+        while file.read(1 << 20):
             pass
-    slope, intercept = image.dataobj.slope, image.dataobj.inter
-    ranges = [_value_range(voxels[:, :, :, i]) for i in range(shape[3])] if len(shape) == 4 else [_value_range(voxels)]
-    _value_range(np.array(ranges) * slope + intercept)
-    varied = [i for i, (low, high) in enumerate(ranges) if low < high and slope != 0]
-    if not varied:
-        raise Unusable("all voxels have the same value")
-    orientation = "".join(axis or "?" for axis in nib.aff2axcodes(image.affine))
-    check = {"shape": [int(n) for n in shape[:3]], "spacing": [float(s) for s in spacing], "orientation": orientation}
-    return check | ({"volumes": varied} if len(shape) == 4 else {})
+    return grid, image, voxels
 
 
 def check_dicom(files: list[Path], min_size: int) -> dict:
@@ -85,12 +132,7 @@ def check_dicom(files: list[Path], min_size: int) -> dict:
     low, high = _value_range(voxels)
     if low == high:
         raise Unusable("all voxels have the same value")
-    return {
-        "shape": list(voxels.shape),
-        "spacing": [float(s) for s in nib.affines.voxel_sizes(affine)],
-        "orientation": "".join(nib.aff2axcodes(affine)),
-        "order": order,
-    }
+    return _grid(voxels.shape, nib.affines.voxel_sizes(affine), affine) | {"order": order}
 
 
 def _value_range(voxels: np.ndarray) -> tuple[float, float]:

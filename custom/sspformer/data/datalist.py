@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 import logging
 import os
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -62,17 +64,11 @@ def prepare_datalist(
         ValueError: naming the unusable scans, unless `skip_unreadable`; when no usable scan is left; when a path does
             not match `subject_pattern`; when an argument is out of its range.
     """
-    dataset_dir = Path(dataset_dir)
-    if not dataset_dir.exists():
-        siblings = [p.name for p in dataset_dir.parent.iterdir()] if dataset_dir.parent.is_dir() else []
-        close = difflib.get_close_matches(dataset_dir.name, siblings, n=1)
-        hint = f" Did you mean {dataset_dir.parent / close[0]}?" if close else ""
-        raise FileNotFoundError(f"dataset_dir {dataset_dir} does not exist.{hint}")
+    dataset_dir = existing(dataset_dir)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}.")
     if min_size < 2 or max_volumes < 1:
         raise ValueError(f"min_size must be at least 2 and max_volumes at least 1, got {min_size} and {max_volumes}.")
-    dataset_dir = dataset_dir.absolute()
     output_dir = Path(output_dir) if output_dir is not None else None
     if output_dir:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -80,40 +76,24 @@ def prepare_datalist(
 
     scans, labels, others = find_scans(dataset_dir, output_dir, num_workers, cache)
     if subject_pattern:
-        _match_subjects(scans, subject_pattern)
+        match_subjects(scans, subject_pattern)
     _check_scans(scans, min_size, max_volumes, num_workers, cache)
     scans.sort(key=lambda scan: (scan.relative, scan.series))
     usable = [scan for scan in scans if not scan.reason]
     unusable = [scan for scan in scans if scan.reason]
-    _name_scans(usable, dataset_dir.name)
+    name_scans(usable, dataset_dir.name)
     if all(scan.split for scan in usable):
-        _warn_of_overlap(usable, dataset_dir.name)
+        warn_of_overlap(usable, dataset_dir.name)
     else:
-        _split_subjects(usable, val_fraction, seed)
+        split_subjects(usable, val_fraction, seed)
 
     summary = (
         f"{len(usable)} usable scans of {len({scan.subject for scan in usable})} subjects, {len(unusable)} unusable, "
         f"{len(labels)} label maps left out, {others} other files ignored."
     )
-    rows = [*map(_row, usable + unusable), *map(_label_row, labels)]
-    if output_dir:
-        with open(output_dir / "scans.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-    if usable:
-        logger.info(f"Scans in {dataset_dir}:\n{_table(rows[: len(usable)])}")
-    for scan in unusable:
-        logger.warning(f"Unusable: {scan.label}: {scan.reason}.")
-    logger.info(summary + (f" All rows are in {output_dir / 'scans.csv'}." if output_dir else ""))
-
-    if unusable and not skip_unreadable:
-        named = "".join(f"\n  {scan.label}: {scan.reason}" for scan in unusable[:MAX_NAMED])
-        more = f"\n  ... and {len(unusable) - MAX_NAMED} more" if len(unusable) > MAX_NAMED else ""
-        raise ValueError(
-            f"{len(unusable)} scans in {dataset_dir} cannot be used:{named}{more}\n"
-            "Mend or remove them, or pass --skip_unreadable true to go on without them."
-        )
+    rows = [*map(row_of, usable + unusable), *map(_label_row, labels)]
+    report(dataset_dir, output_dir, usable, unusable, rows, COLUMNS, summary)
+    refuse(dataset_dir, unusable, "scans", skip_unreadable)
     if not usable:
         raise ValueError(
             f"no usable scan in {dataset_dir}: looked, in all folders below it, for *.nii, *.nii.gz, .hdr/.img pairs "
@@ -125,7 +105,18 @@ def prepare_datalist(
     }
 
 
-def _match_subjects(scans: list[Scan], pattern: str) -> None:
+def existing(dataset_dir: str | os.PathLike) -> Path:
+    """The absolute path; raises `FileNotFoundError`, with the name that may have been meant, when there is none."""
+    dataset_dir = Path(dataset_dir)
+    if not dataset_dir.exists():
+        siblings = [p.name for p in dataset_dir.parent.iterdir()] if dataset_dir.parent.is_dir() else []
+        close = difflib.get_close_matches(dataset_dir.name, siblings, n=1)
+        hint = f" Did you mean {dataset_dir.parent / close[0]}?" if close else ""
+        raise FileNotFoundError(f"dataset_dir {dataset_dir} does not exist.{hint}")
+    return dataset_dir.absolute()
+
+
+def match_subjects(scans: list[Scan], pattern: str) -> None:
     """Gives each scan the subject that a regular expression finds in its path."""
     for scan in scans:
         match = re.search(pattern, str(scan.relative))
@@ -154,18 +145,23 @@ def _check_scans(scans: list[Scan], min_size: int, max_volumes: int, num_workers
     in_threads(check, scans, num_workers, cache, "checking scans")
 
 
-def _name_scans(scans: list[Scan], root_name: str) -> None:
-    """Gives each scan a short unique name: its stem (DICOM: folder and series number), with folders where needed."""
+def name_scans(scans: list[Scan], root_name: str, stem_first: bool = False) -> None:
+    """Gives each scan a short unique name: its stem (DICOM: folder and series number), with folders where needed.
+
+    Folders come before the stem, and special characters become `_`; or, with `stem_first`, the stem begins the name and
+    is left as it is.
+    """
     parts = []
     for scan in scans:
         folders = list(scan.relative.parts[:-1])
         last = stem(scan.relative.name)
         if scan.series:
             last = f"{folders.pop() if folders else root_name}_series{scan.series}"
-        parts.append([re.sub(r"[^\w.-]+", "_", part) for part in [*folders, last]])
+        clean = [re.sub(r"[^\w.-]+", "_", part) for part in [*folders, last]]
+        parts.append([*clean[:-1], last] if stem_first else clean)
     depth = [1] * len(scans)
     while True:
-        names = ["_".join(p[-d:]) for p, d in zip(parts, depth, strict=True)]
+        names = ["_".join([p[-1], *p[-d:-1]] if stem_first else p[-d:]) for p, d in zip(parts, depth, strict=True)]
         taken = Counter(name.lower() for name in names)
         clash = [i for i, name in enumerate(names) if taken[name.lower()] > 1 and depth[i] < len(parts[i])]
         if not clash:
@@ -181,7 +177,7 @@ def _name_scans(scans: list[Scan], root_name: str) -> None:
         used.add(scan.name.lower())
 
 
-def _split_subjects(scans: list[Scan], val_fraction: float, seed: int) -> None:
+def split_subjects(scans: list[Scan], val_fraction: float, seed: int) -> None:
     """Draws the validation subjects; the same for the same subjects and seed, whatever the order of the files."""
     subjects = sorted({scan.subject for scan in scans})
     random.Random(seed).shuffle(subjects)
@@ -200,11 +196,12 @@ def _split_subjects(scans: list[Scan], val_fraction: float, seed: int) -> None:
         scan.split = "validation" if scan.subject in validation else "training"
 
 
-def _warn_of_overlap(scans: list[Scan], root_name: str) -> None:
-    """Says so when a datalist has one subject in training and in validation."""
-    training, validation = ({s.subject for s in scans if s.split == split} for split in ("training", "validation"))
-    if both := training & validation:
-        logger.warning(f"{root_name} has scans of {', '.join(sorted(both))} in training and in validation.")
+def warn_of_overlap(scans: list[Scan], root_name: str) -> None:
+    """Says so when a datalist has one subject in two splits."""
+    for splits in itertools.combinations(("training", "validation", "test"), 2):
+        first, second = ({scan.subject for scan in scans if scan.split == split} for split in splits)
+        if both := first & second:
+            logger.warning(f"{root_name} has scans of {', '.join(sorted(both))} in {splits[0]} and in {splits[1]}.")
 
 
 def _items(scan: Scan) -> list[dict]:
@@ -214,7 +211,7 @@ def _items(scan: Scan) -> list[dict]:
     return [item | {"name": f"{scan.name}_vol{v:03d}", "volume": v} for v in scan.volumes] or [item]
 
 
-def _row(scan: Scan) -> dict[str, str]:
+def row_of(scan: Scan) -> dict[str, str]:
     volumes = f"volumes {' '.join(map(str, scan.volumes))} of a 4D file" if scan.volumes else ""
     status = f"unusable: {scan.reason}" if scan.reason else "; ".join(filter(None, ["usable", volumes, scan.note]))
     return {
@@ -234,9 +231,42 @@ def _label_row(path: PurePosixPath) -> dict[str, str]:
     return {"status": "label map, left out", "path": str(path)}
 
 
-def _table(rows: list[dict[str, str]]) -> str:
+def report(
+    dataset_dir: Path,
+    output_dir: Path | None,
+    usable: list[Scan],
+    unusable: list[Scan],
+    rows: list[dict[str, str]],
+    columns: Sequence[str],
+    summary: str,
+) -> None:
+    """Writes `scans.csv` and logs the usable scans in a table (the first rows), the unusable ones and the summary."""
+    if output_dir:
+        with open(output_dir / "scans.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+    if usable:
+        shown = columns[: columns.index("status")]
+        logger.info(f"Scans in {dataset_dir}:\n{_table(rows[: len(usable)], shown)}")
+    for scan in unusable:
+        logger.warning(f"Unusable: {scan.label}: {scan.reason}.")
+    logger.info(summary + (f" All rows are in {output_dir / 'scans.csv'}." if output_dir else ""))
+
+
+def refuse(dataset_dir: Path, unusable: list[Scan], what: str, skip_unreadable: bool) -> None:
+    """Raises `ValueError` naming what cannot be used, unless it is to be skipped."""
+    if unusable and not skip_unreadable:
+        named = "".join(f"\n  {scan.label}: {scan.reason}" for scan in unusable[:MAX_NAMED])
+        more = f"\n  ... and {len(unusable) - MAX_NAMED} more" if len(unusable) > MAX_NAMED else ""
+        raise ValueError(
+            f"{len(unusable)} {what} in {dataset_dir} cannot be used:{named}{more}\n"
+            "Mend or remove them, or pass --skip_unreadable true to go on without them."
+        )
+
+
+def _table(rows: list[dict[str, str]], columns: Sequence[str]) -> str:
     """The first rows in columns, for the log."""
-    columns = COLUMNS[:7]
     shown = [columns, *([row[column] for column in columns] for row in rows[:MAX_ROWS])]
     widths = [max(map(len, cells)) for cells in zip(*shown, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in shown]

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -26,12 +26,13 @@ class Scan:
     format: str  # "NIfTI", "DICOM" or "?"
     series: str = ""  # DICOM series number
     subject: str = ""
-    split: str = ""  # given by a datalist, or drawn: "training", "validation" or "both"
+    split: str = ""  # given by a datalist, or drawn: "training", "validation", "both" or, if given, "test"
     name: str = ""
     reason: str = ""  # why it is unusable
     note: str = ""
     check: dict = field(default_factory=dict)  # shape, spacing, orientation, volumes (4D) or order (DICOM)
     volumes: list[int] = field(default_factory=list)  # those to use of a 4D file
+    label_map: Path | None = None  # of its segmentation
 
     @property
     def label(self) -> str:
@@ -45,7 +46,11 @@ class Scan:
 
 
 def find_scans(
-    dataset_dir: Path, output_dir: Path | None, num_workers: int, cache: Cache
+    dataset_dir: Path,
+    output_dir: Path | None,
+    num_workers: int,
+    cache: Cache,
+    given: Mapping[Path, dict] | None = None,
 ) -> tuple[list[Scan], list[PurePosixPath], int]:
     """Every NIfTI file and DICOM series (a broken one with its reason), the label maps, the number of other files.
 
@@ -54,14 +59,15 @@ def find_scans(
         output_dir: not searched.
         num_workers: threads that read DICOM headers.
         cache: of DICOM headers.
+        given: look at these files only, none of which is a label map, and set these fields of their `Scan`.
     """
-    is_folder = dataset_dir.is_dir()
-    is_datalist = not is_folder and dataset_dir.suffix.lower() == ".json"
-    root = dataset_dir if is_folder else dataset_dir.parent
+    root = dataset_dir if dataset_dir.is_dir() else dataset_dir.parent
+    is_datalist = given is not None or (dataset_dir.is_file() and dataset_dir.suffix.lower() == ".json")
+    is_folder = dataset_dir.is_dir() and not is_datalist
     if is_folder:
-        given: dict[Path, dict] = {file: {} for file in _walk(root, output_dir.resolve() if output_dir else None)}
+        given = {file: {} for file in walk(root, output_dir.resolve() if output_dir else None)}
     elif is_datalist:
-        given = _from_datalist(dataset_dir)
+        given = read_datalist(dataset_dir) if given is None else given
     else:
         given = {dataset_dir: {}}
 
@@ -84,7 +90,7 @@ def find_scans(
             scans.append(Scan([path], relative(path), "NIfTI", **known))
         elif is_pair:
             scans.append(Scan([header, voxels], relative(path), "NIfTI", **known))
-        elif _is_dicom(path):
+        elif is_dicom(path):
             dicom.append(path)
         elif path.suffix.lower() in (".dcm", ".ima") or is_datalist:
             reason = "neither NIfTI nor DICOM" if path.exists() else reason_of(FileNotFoundError())
@@ -164,32 +170,52 @@ def _of_patient(patient: str) -> str:
     return f"dicom-{patient[:8]}"
 
 
-def _from_datalist(file: Path) -> dict[Path, dict]:
-    """Files of an MSD-style datalist, each with its "split" and, if the list says so, its "subject"."""
-    try:
-        lists = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"the datalist {file} is not valid JSON: {error}.") from error
-    if not isinstance(lists, dict) or not isinstance(lists.get("training"), list):
+def read_datalist(file: Path, with_labels: bool = False) -> dict[Path, dict]:
+    """Files of an MSD-style datalist, each with its "split" and, if the list says so, its "subject".
+
+    Args:
+        file: JSON; its paths are relative to its folder.
+        with_labels: also take the list "test", and give a file its "label_map" where the item has a "label".
+    """
+    lists = read_json(file)
+    if not with_labels and not isinstance(lists.get("training"), list):
         raise ValueError(
             f'the datalist {file} needs a list "training" of {{"image": path}} (and may have "validation").'
         )
     found: dict[Path, dict] = {}
-    for split in ("training", "validation"):
+    for split in ("training", "validation", *(["test"] if with_labels else [])):
         for item in lists.get(split) or []:
             item = item if isinstance(item, dict) else {"image": item}
             images = item.get("image")
             images = [images] if isinstance(images, str) else images
             if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
                 raise ValueError(f'the datalist {file}: the item {item} of "{split}" has no "image" path.')
-            given = {"split": split if lists.get("validation") else "", "subject": str(item.get("subject", ""))}
+            is_split = split == "test" or bool(lists.get("validation"))  # else "training" is still to be split
+            given = {"split": split if is_split else "", "subject": str(item.get("subject", ""))}
+            if with_labels and isinstance(item.get("label"), str):
+                given["label_map"] = file.parent / item["label"]
+            if with_labels and len(images) > 1 and any(map(NIFTI_SUFFIX.search, images)):
+                given["reason"] = 'several channels, and one is read: its "image" must be one file'
             for path in (file.parent / image for image in images):
-                for one in _walk(path) if path.is_dir() else [path]:
+                for one in walk(path) if path.is_dir() else [path]:
+                    if one in found:
+                        raise ValueError(f'the datalist {file} lists {one} twice, the second time in "{split}".')
                     found[one] = given
     return found
 
 
-def _walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; raises `ValueError` naming the file."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"the datalist {file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f'the datalist {file} must hold a JSON object with lists such as "training".')
+    return content
+
+
+def walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
     """Every file below a folder, sorted; no hidden ones, no DICOMDIR, no folder twice (links may form loops)."""
     seen = set()
     for here, folders, files in os.walk(folder, followlinks=True):
@@ -202,7 +228,7 @@ def _walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
         yield from (Path(here, name) for name in sorted(files) if not name.startswith(".") and name != "DICOMDIR")
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"

@@ -43,14 +43,14 @@ def reason_of(error: Exception) -> str:
 
 
 class LoadScand(MapTransform):
-    """Reads the items of `prepare_datalist`.
+    """Reads the items of `prepare_datalist`, `prepare_pairs` and `find_inputs`.
 
     Each key goes in as the path of a NIfTI file or the list of the files of a DICOM series (or of one enhanced file),
     and comes out as a MetaTensor (1, X, Y, Z) float32 whose affine maps voxels to RAS mm, as MONAI's NibabelReader
     gives it. An item with "volume" gives that volume of its 4D file. DICOM slices are put in order and rescaled.
 
     Raises:
-        ValueError: naming the file that cannot be read, and why.
+        ValueError: naming the file that cannot be read, or has voxels that are no number, and why.
     """
 
     def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
@@ -68,6 +68,8 @@ class LoadScand(MapTransform):
         name = str(image[0] if series else image)
         try:
             voxels, affine = read_dicom(image)[:2] if series else read_nifti(image, volume)
+            if broken := voxels.size - np.count_nonzero(np.isfinite(voxels)):
+                raise Unusable(f"{broken} voxels are NaN or infinite")
         except Exception as error:
             raise ValueError(f"cannot read the scan {name}: {reason_of(error)}") from error
         meta = {
