@@ -19,7 +19,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from sspformer import data
-from sspformer.data import LoadScand, is_label_path, prepare_datalist, subject_of
+from sspformer.data import LoadScand, is_label_path, prepare_datalist, prepare_test_scans, subject_of
 
 SHAPE = (12, 10, 9)
 MR_STORAGE, ENHANCED_MR_STORAGE = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
@@ -286,6 +286,53 @@ def test_a_datalist_file_keeps_its_split(tmp_path):
     assert len(prepare_datalist(file, skip_unreadable=True)["validation"]) == 1
     file.write_text("[1, 2]")
     assert '"training"' in refused(file)
+
+
+def test_test_scans_are_evaluated_and_never_trained_on(tmp_path, caplog):
+    for i, name in enumerate(["a7", "b7", "c7", "d7", "e7_0000"]):
+        nifti(tmp_path / "scans" / f"{name}.nii.gz", voxels(seed=i))
+    nifti(tmp_path / "scans" / "a7_seg.nii.gz")
+    file = tmp_path / "dataset.json"
+    training = [{"image": "scans/a7.nii.gz", "label": "scans/a7_seg.nii.gz"}, {"image": "scans/b7.nii.gz"}]
+    test = ["./scans/c7.nii.gz", {"image": "scans/d7.nii.gz", "label": "gone.nii.gz"}, "scans/e7.nii.gz"]
+
+    file.write_text(json.dumps({"training": training, "test": [*test, "gone7.nii.gz"]}))
+    last = ("gone7.nii.gz", "test scan, left out")
+    for dataset_dir in (file, tmp_path):  # the folder that holds it is the same data set
+        found = prepare_datalist(dataset_dir, tmp_path / "out", val_fraction=0.5)
+        assert sorted(names(found["training"] + found["validation"])) == ["a7", "b7"]
+        assert len(found["validation"]) == 1
+        assert (rows(tmp_path / "out")[-1]["path"], rows(tmp_path / "out")[-1]["status"]) == last
+        assert sorted(names(prepare_test_scans(dataset_dir, tmp_path / "out"))) == ["c7", "d7", "e7_0000"]
+        assert {row["split"] for row in rows(tmp_path / "out")[:3]} == {"test"}
+    assert "Unusable: gone7.nii.gz" in caplog.text and "trained on" not in caplog.text
+    with pytest.raises(ValueError, match="gone7.nii.gz: no such file"):
+        prepare_test_scans(file, skip_unreadable=False)
+
+    file.write_text(json.dumps({"training": training, "validation": test[:1]}))
+    assert names(prepare_test_scans(file)) == ["c7"] and "trained on" not in caplog.text
+    file.write_text(json.dumps({"training": training}))
+    assert names(prepare_test_scans(file)) == ["a7", "b7"]
+    assert "with those that may have been trained on" in caplog.text
+
+    file.write_text(json.dumps({"test": test}))
+    assert len(prepare_test_scans(file)) == 3
+    assert "nothing to train on in" in refused(file)
+    file.write_text(json.dumps({"training": training, "test": ["./scans/b7.nii.gz"]}))
+    assert "b7.nii.gz twice" in refused(file)
+    one = [{"image": f"scans/{name}7.nii.gz", "subject": "me"} for name in "abc"]
+    file.write_text(json.dumps({"training": one[:2], "test": one[2:]}))
+    prepare_datalist(file, val_fraction=0)
+    assert "scans of me in training and in test" in caplog.text
+
+
+def test_a_folder_of_test_images_is_not_trained_on(tmp_path, caplog):
+    for path in ("imagesTr/p1", "imagesTr/p2", "imagesTs/p3", "labelsTs/p3"):
+        nifti(tmp_path / f"{path}.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0}}')  # of nnU-Net's version 2: no lists
+    assert names(prepare_datalist(tmp_path, val_fraction=0)["training"]) == ["p1", "p2"]
+    assert names(prepare_test_scans(tmp_path)) == names(prepare_datalist(tmp_path / "imagesTs")["training"]) == ["p3"]
+    assert "no test split" not in caplog.text
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.signal
 import torch
 
 from sspformer import kspace
@@ -185,3 +186,69 @@ def test_phase_encode_line_reads_from_the_most_negative_frequency(n_lines):
     in_order_of_reading = np.empty(n_lines)
     in_order_of_reading[line] = frequency
     np.testing.assert_array_equal(in_order_of_reading, np.fft.fftshift(frequency))
+
+
+RESAMPLED = [((12, 10), (12, 10)), ((12, 9), (24, 5)), ((9, 12, 7), (18, 6, 7)), ((8, 6, 10), (7, 13, 40))]
+
+
+@pytest.mark.parametrize("before, after", RESAMPLED)
+def test_fourier_resample_is_scipys(before, after):
+    image = random_image(2, 3, *before)
+    expected = image.double().numpy()
+    for axis, n in enumerate(after):
+        expected = scipy.signal.resample(expected, n, axis=axis + 2)
+    result = kspace.fourier_resample(image, after)
+    assert result.dtype == torch.float32 and result.shape == (2, 3, *after)
+    np.testing.assert_allclose(result.numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("sides", [(8, 6), (7, 9), (8, 7, 5)])
+@pytest.mark.parametrize("more", [0, 1, 5, 12])
+def test_down_after_up_is_the_identity(sides, more):
+    image = random_image(1, 2, *sides)
+    up = kspace.fourier_resample(image, [side + more for side in sides])
+    torch.testing.assert_close(kspace.fourier_resample(up, sides), image, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("n, after", [(32, 48), (32, 15), (33, 66)])
+def test_resampled_voxels_lie_at_n_over_n_of_the_old_ones(n, after):
+    """The new affine is ``affine @ diag(n / n')``: voxel 0 keeps its place."""
+
+    def wave(x, n):
+        return torch.cos(2 * math.pi * 3 * x / n + 0.7)
+
+    image = wave(torch.arange(n), n)[None, None, :, None].expand(1, 1, n, 4)
+    result = kspace.fourier_resample(image, (after, 4))
+    torch.testing.assert_close(result[0, 0, :, 0], wave(torch.arange(after) * n / after, n), rtol=0, atol=1e-5)
+
+
+def test_fourier_resample_keeps_intensities_and_gradients():
+    assert torch.allclose(kspace.fourier_resample(torch.full((1, 1, 6, 5), 3.0), (9, 2)), torch.tensor(3.0))
+    image = random_image(1, 1, 6, 5).requires_grad_()
+    kspace.fourier_resample(image, (9, 2)).sum().backward()
+    assert torch.isfinite(image.grad).all()
+
+
+@pytest.mark.parametrize("size", [(4,), (4, 4, 4), (0, 4)])
+def test_fourier_resample_rejects_sizes_that_do_not_fit(size):
+    with pytest.raises(ValueError, match="^size must be 2 sides"):
+        kspace.fourier_resample(torch.zeros(1, 1, 4, 4), size)
+
+
+@pytest.mark.parametrize("fine", [(16, 12, 20), (17, 15, 9), (8, 14, 21)])
+@pytest.mark.parametrize("low", [(8, 6, 5), (7, 12, 9), (1, 5, 4)])
+def test_data_consistency_keeps_the_measured_part_exactly(fine, low):
+    pred, measured = random_image(2, 1, *fine), 1000 * random_image(2, 1, *low, seed=1)
+    result = kspace.data_consistency(pred, measured)
+    again = kspace.fourier_resample(result, low)
+    assert float((again - measured).norm() / measured.norm()) < 1e-5
+    # the rest is as predicted, and what is consistent already stays
+    change = result - pred
+    unchanged = change - kspace.fourier_resample(kspace.fourier_resample(change, low), fine)
+    assert float(unchanged.norm() / change.norm()) < 1e-5
+    torch.testing.assert_close(kspace.data_consistency(result, measured), result, rtol=0, atol=1e-2)
+
+
+def test_data_consistency_rejects_a_finer_measurement():
+    with pytest.raises(ValueError, match="no side of low may be the longer"):
+        kspace.data_consistency(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 9))

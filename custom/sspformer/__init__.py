@@ -1,14 +1,42 @@
 """SSPFormer for MONAI: self-supervised pretraining of a transformer on MRI, and what a MONAI bundle needs of it.
 
 The parts, by what they know: ``kspace`` (Fourier conventions, physical frequency), ``transforms`` (masking and noise),
-``networks``, ``losses``, ``pretraining`` and ``handlers`` (the tie into MONAI's engines), ``visualize``, ``data``
-(scans on disk), ``demo``.
+``networks``, ``losses``; ``pretraining``, ``finetuning``, ``restoration``, ``evaluation``, ``inference`` and ``handlers``
+(the tie into MONAI's engines); ``visualize``, ``data`` (scans on disk), ``demo``.
 """
 
 __version__ = "0.1.0"
 
 # A bundle's config imports this package while its folder is on sys.path, in some clients for that moment only: so
 # import it all here.
-from . import data, demo, handlers, kspace, losses, networks, pretraining, transforms, visualize
+from . import (
+    data,
+    demo,
+    evaluation,
+    finetuning,
+    handlers,
+    inference,
+    kspace,
+    losses,
+    networks,
+    pretraining,
+    restoration,
+    transforms,
+    visualize,
+)
 
-__all__ = ["data", "demo", "handlers", "kspace", "losses", "networks", "pretraining", "transforms", "visualize"]
+__all__ = [
+    "data",
+    "demo",
+    "evaluation",
+    "finetuning",
+    "handlers",
+    "inference",
+    "kspace",
+    "losses",
+    "networks",
+    "pretraining",
+    "restoration",
+    "transforms",
+    "visualize",
+]

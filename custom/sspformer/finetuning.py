@@ -1,15 +1,35 @@
-"""What fine-tuning needs besides MONAI's own: learning rates that fall towards the encoder's first layers."""
+"""What fine-tuning needs besides MONAI's own: weights of rare classes, learning rates that fall towards the encoder's
+first layers."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-__all__ = ["is_null", "layer_decay_groups"]
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .data import LoadScand
+
+__all__ = ["class_weights", "first_process_first", "is_null", "layer_decay_groups"]
+
+Result = TypeVar("Result")
 
 
 def is_null(value) -> bool:
     """Whether an entry of a config means "none": None, or the words that a command line has for it."""
     return value is None or str(value).strip().lower() in ("", "none", "null", "false")
+
+
+def first_process_first(function: Callable[[], Result]) -> Result:
+    """Call a function that changes files in the first process, and then in the others, which find them changed."""
+    if dist.get_rank() > 0:
+        dist.barrier()
+    result = function()
+    if dist.get_rank() == 0:
+        dist.barrier()
+    return result
 
 
 def layer_decay_groups(
@@ -52,3 +72,22 @@ def layer_decay_groups(
         }
         for (distance, matrices), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def class_weights(items: Sequence[Mapping], n_classes: int, power: float = 0.5, max_items: int = 32) -> Tensor:
+    """Weights of the classes for cross entropy, ``(n_classes,)``: frequency to the minus ``power``, 1 for a voxel on
+    average.
+
+    Args:
+        items: with a ``label`` each, as of :func:`sspformer.data.prepare_pairs`.
+        n_classes: background included; a class that does not occur counts as one voxel.
+        power: 0: all alike; 1: every class has the same sum over its voxels.
+        max_items: labels that are read, evenly spaced among all.
+    """
+    load = LoadScand("label")
+    counts = torch.zeros(n_classes, dtype=torch.float64)
+    for item in items[:: -(-len(items) // max_items)]:
+        counts += torch.bincount(load(item)["label"].as_tensor().flatten().long(), minlength=n_classes)
+    share = counts.clamp(min=1) / counts.sum()
+    weights = share**-power
+    return (weights / (weights * share).sum()).float()

@@ -25,18 +25,22 @@ from .transforms.masking import MaskSampler
 from .visualize import curves, figure_to_array, reconstruction_panel
 
 __all__ = [
+    "FreezeEncoder",
     "GradientClipping",
     "History",
     "LoadCheckpoint",
     "Progress",
     "ReconstructionPanel",
+    "SaveBestModel",
     "SaveCheckpoint",
     "SaveEncoder",
     "SeedEpoch",
     "Validation",
     "errors_last",
     "find_checkpoint",
+    "quiet_unless_first",
     "save_atomically",
+    "save_network",
 ]
 
 logger = logging.getLogger("sspformer")
@@ -77,7 +81,9 @@ class SeedEpoch:
             np.random.seed(seed)
             random.seed(seed)
         for randomizable in self.randomizables:
-            getattr(randomizable, "transform", randomizable).set_random_state(seed=seed)
+            source = getattr(randomizable, "transform", randomizable)
+            if hasattr(source, "set_random_state"):  # MONAI's default prepare_batch draws nothing
+                source.set_random_state(seed=seed)
 
 
 class GradientClipping:
@@ -179,6 +185,65 @@ class SaveEncoder:
         if engine.state.iteration > 0:
             encoder = getattr(self.network, "module", self.network).encoder
             save_atomically({name: value.detach().cpu() for name, value in encoder.state_dict().items()}, self.path)
+
+
+class SaveBestModel:
+    """Write the network's plain state dict when a validation is the best so far.
+
+    For the evaluator; where nothing is held out for validation, for the trainer, whose end it then waits for. Its own
+    state, the best value, belongs into the checkpoint.
+
+    Args:
+        network: whose weights.
+        path: of the file, usually ``models/model.pt``.
+    """
+
+    def __init__(self, network: torch.nn.Module, path: str) -> None:
+        self.network, self.path = network, Path(path)
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best = state["best"]
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        name = engine.state.key_metric_name
+        value = None if name is None else float(engine.state.metrics[name])
+        if value is None or self.best is None or engine.metric_cmp_fn(value, self.best) or not self.path.is_file():
+            self.best = value
+            save_network(self.network, self.path)
+            logger.info(f"weights written to {self.path}" + ("" if name is None else f": {name} {value:.4g}"))
+
+
+def save_network(network: torch.nn.Module, path: str | os.PathLike) -> None:
+    """The plain state dict of a network, without the prefix of a parallel wrapper, on the CPU, atomically."""
+    state = getattr(network, "module", network).state_dict()
+    save_atomically({name: value.detach().cpu() for name, value in state.items()}, path)
+
+
+class FreezeEncoder:
+    """Train the decoder alone for the first epochs: new layers do not shake pretrained ones.
+
+    Args:
+        network: a dense network.
+        epochs: for how many; 0: none; as many as the run has: the encoder stays as it was pretrained.
+    """
+
+    def __init__(self, network: torch.nn.Module, epochs: int = 0) -> None:
+        if epochs < 0:
+            raise ValueError(f"freeze_epochs must be 0 or more, got {epochs}.")
+        self.encoder, self.epochs = getattr(network, "module", network).encoder, epochs
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        self.encoder.requires_grad_(engine.state.epoch > self.epochs)
 
 
 class History:
@@ -327,6 +392,13 @@ def errors_last() -> None:
 
     hook.errors_last = True
     sys.excepthook = hook
+
+
+def quiet_unless_first() -> None:
+    """Of several processes, let the first one alone report what goes as it should."""
+    if torch.distributed.get_rank() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+        logger.setLevel(logging.WARNING)
 
 
 def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,8 @@ __all__ = [
     "highpass",
     "filter_image",
     "phase_encode_line",
+    "fourier_resample",
+    "data_consistency",
 ]
 
 
@@ -173,3 +175,59 @@ def phase_encode_line(n_lines: int, device: torch.device | str | None = None) ->
     Lines are read in order of frequency, from the most negative one to the most positive (a linear ordering).
     """
     return (torch.arange(n_lines, device=device) + n_lines // 2) % n_lines
+
+
+def fourier_resample(image: Tensor, size: Sequence[int]) -> Tensor:
+    """A real image on a finer or coarser grid over the same field of view, by padding or cropping its k-space.
+
+    Sinc interpolation, exact on what both grids can hold. Voxel 0 keeps its place, so the new affine is
+    ``affine @ diag(n / n')`` for ``n`` voxels before and ``n'`` after. The term at the Nyquist frequency of an even
+    side is split in halves on the way up, and the two halves fold on the way down, so that down after up is the
+    identity (as in ``scipy.signal.resample``). Intensities stay as they are; beside sharp edges the image rings.
+
+    Args:
+        image: real ``(B, C, *S)``.
+        size: voxels along each spatial axis afterwards, 1 or more.
+
+    Returns:
+        ``(B, C, *size)``, float32.
+
+    Raises:
+        ValueError: if ``size`` has another number of sides than the image, or one below 1.
+    """
+    axes, image = spatial_axes(image), image.float()
+    if len(size) != len(axes) or min(size) < 1:
+        raise ValueError(
+            f"size must be {len(axes)} sides of 1 or more for an image of shape {tuple(image.shape)}, got {list(size)}."
+        )
+    for axis, after in sorted(zip(axes, size), key=lambda pair: pair[1] / image.shape[pair[0]]):  # shrink first
+        before = image.shape[axis]
+        if after == before:
+            continue
+        lines = min(before, after)
+        half = torch.fft.rfft(image, dim=axis).narrow(axis, 0, lines // 2 + 1) * (after / before)
+        if lines % 2 == 0:
+            half.narrow(axis, lines // 2, 1).mul_(2 if after < before else 0.5)
+        image = torch.fft.irfft(half, n=after, dim=axis)
+    return image
+
+
+def data_consistency(pred: Tensor, low: Tensor) -> Tensor:
+    """``pred`` with the part of its k-space that ``low`` has measured put back exactly; the rest as predicted.
+
+    .. math:: pred + U (low - D pred)
+
+    with :func:`fourier_resample` up (``U``) and down (``D``): resampled to the grid of ``low``, the result is ``low``.
+
+    Args:
+        pred: ``(B, C, *S)``.
+        low: what was measured, ``(B, C, *s)`` over the same field of view, no side longer than that of ``pred``.
+
+    Raises:
+        ValueError: if a side of ``low`` is longer than that of ``pred``.
+    """
+    if any(coarse > fine for coarse, fine in zip(low.shape[2:], pred.shape[2:])):
+        raise ValueError(
+            f"low has sides {tuple(low.shape[2:])} and pred {tuple(pred.shape[2:])}: no side of low may be the longer."
+        )
+    return pred + fourier_resample(low - fourier_resample(pred, low.shape[2:]), pred.shape[2:])

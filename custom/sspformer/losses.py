@@ -1,4 +1,4 @@
-"""The pretraining loss."""
+"""The losses of pretraining and of segmentation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from monai.losses import DiceCELoss
 from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor, nn
 
 from . import kspace
 from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
 
-__all__ = ["MaskedReconstructionLoss", "normalize_patches"]
+__all__ = ["BalancedDiceCELoss", "MaskedReconstructionLoss", "normalize_patches"]
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,3 +112,19 @@ class MaskedReconstructionLoss(nn.Module):
         volume = unpatchify(patches, grid, self.patch_size)
         weight = kspace.highpass(kspace.radial_frequency(volume, spacing, half=True), self.spectral_gamma)
         return kspace.filter_image(volume, weight).square().sum() / error.numel()
+
+
+class BalancedDiceCELoss(DiceCELoss):
+    """MONAI's ``DiceCELoss`` whose cross entropy, and only that, weighs the classes.
+
+    MONAI weighs the Dice of each class as well, which is balanced by itself; cross entropy alone leaves small
+    structures unseen until the large ones are learnt.
+
+    Args:
+        class_weight: of each class, background included; see :func:`sspformer.finetuning.class_weights`.
+        kwargs: of ``DiceCELoss``, without ``weight``.
+    """
+
+    def __init__(self, class_weight: Tensor | Sequence[float], **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.cross_entropy = nn.CrossEntropyLoss(weight=torch.as_tensor(class_weight, dtype=torch.float32))

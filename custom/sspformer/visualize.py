@@ -1,18 +1,47 @@
-"""Pictures of what pretraining does: panels of masks and reconstructions, and curves."""
+"""Pictures: panels of masks and reconstructions, of segmentations and of restored scans, and curves of a training."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from monai.data import MetaTensor
+from monai.metrics import PSNRMetric, compute_dice
+from monai.transforms import Orientation
 from torch import Tensor
 
 from .transforms.masking import MaskSampler, high_frequency_map, voxel_mask
 
-__all__ = ["axial_slice", "curves", "figure_to_array", "reconstruction_panel"]
+__all__ = [
+    "axial_slice",
+    "class_colors",
+    "curves",
+    "figure_to_array",
+    "reconstruction_panel",
+    "restoration_panel",
+    "segmentation_panel",
+]
+
+# Told apart on grey and side by side; in the order of the 17 brain structures, neighbours contrast.
+COLORS = (
+    "#e6594c #f2e6c4 #3f7fe0 #35c7f0 #1fa8a0 #7fa6c9 #59c14f #ff9d2e #c04fd6 #f7d33b #ff5fa8 #2fe0a6 #9a6bff #a8743d "
+    "#bfe03a #d98cb8 #ffb38a #5c9ead #b0413e #8fd694"
+).split()
+
+CURVES = (  # title, pattern of the names of the columns that are drawn together
+    ("loss", r".*(loss|_error)"),
+    ("Dice", r".*dice.*"),
+    ("PSNR, dB", r".*psnr.*"),
+    ("SSIM", r".*ssim.*"),
+)
+NOT_DRAWN = ("epoch", "iteration", "learning_rate", "beta")  # the axis, and what follows a schedule
 
 
 def reconstruction_panel(
@@ -62,6 +91,197 @@ def reconstruction_panel(
     return figure
 
 
+def class_colors(n_classes: int) -> list[str]:
+    """A colour for each of the labels from 1 to ``n_classes``; after twenty they repeat."""
+    return [COLORS[i % len(COLORS)] for i in range(n_classes)]
+
+
+def segmentation_panel(samples: Sequence[Mapping], class_names: Sequence[str] | None = None) -> Figure:
+    """One row a sample: true and predicted labels over axial, coronal and sagittal slices, and a legend.
+
+    The slices are those that show most of the structures, cropped to where there are labels, as radiologists look at
+    them: the person's right at the left, in sagittal slices the front.
+
+    Args:
+        samples: each with ``image`` (C, *S), whose first channel is shown; ``pred``, labels (1, *S) or a score of each
+            class, background first (C, *S); perhaps ``label``, as ``pred``, and ``name``. The affine of a
+            ``MetaTensor`` is honoured; any other tensor is taken as RAS with unit spacing.
+        class_names: of the labels from 1 on; None: their numbers.
+    """
+    rows = []
+    for sample in samples:
+        volumes, spacing = _in_ras(sample, ("image", "label", "pred"))
+        maps = {key: _label_map(volumes[key]) for key in ("label", "pred") if key in volumes}
+        box = _around(np.maximum.reduce(list(maps.values())), spacing)
+        rows.append((volumes["image"][0][box], {key: labels[box] for key, labels in maps.items()}, spacing))
+
+    n_classes = len(class_names or ()) or max(1, *(int(labels.max()) for row in rows for labels in row[1].values()))
+    names = class_names or [f"label {i + 1}" for i in range(n_classes)]
+    columns = [(plane, key) for plane in _planes(rows[0][0]) for key in rows[0][1]]
+    figure, axes = _figure_of_slices([[(image, spacing, plane) for plane, _ in columns] for image, _, spacing in rows])
+    for row, (image, maps, spacing) in enumerate(rows):
+        top = float(np.quantile(image, 0.995)) or 1.0
+        reference = next(iter(maps.values()))
+        at = {plane: _richest_slice(reference, plane) for plane, _ in columns}
+        for axis, (plane, key) in zip(axes[row], columns):
+            _show(axis, image, spacing, plane, at[plane], cmap="gray", vmin=0, vmax=top, interpolation="bicubic")
+            overlay = np.ma.masked_equal(maps[key], 0)
+            colors = ListedColormap(["black", *class_colors(n_classes)])
+            look = {"cmap": colors, "vmin": -0.5, "vmax": n_classes + 0.5, "interpolation": "nearest", "alpha": 0.6}
+            _show(axis, overlay, spacing, plane, at[plane], **look)
+            if row == 0:
+                axis.set_title({"label": "truth", "pred": "prediction"}[key], fontsize=10)
+        axes[row, 0].set_ylabel(_caption(samples[row], maps, n_classes), fontsize=9)
+    patches = [Patch(color=color, label=name) for color, name in zip(class_colors(n_classes), names)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, n_classes), fontsize=9, frameon=False)
+    return figure
+
+
+def restoration_panel(samples: Sequence[Mapping]) -> Figure:
+    """Two rows a sample, an axial and a coronal slice: before, after, truth, and both errors on one scale.
+
+    Args:
+        samples: each with ``image`` (C, *S), the scan before, and ``pred``, the one after, whose first channels are
+            shown; perhaps ``label``, the true scan (C, *S) or a mapping with it as ``clean``; perhaps ``name``. All
+            have a truth, or none; without it the difference of before and after is shown, if they share a grid. The
+            affine of a ``MetaTensor`` is honoured; any other tensor is taken as RAS with unit spacing. The PSNR that is
+            written beside takes 1 as the largest intensity.
+    """
+    rows, titles = [], ["before", "after"]
+    for sample in samples:
+        truth = sample.get("label")
+        truth = truth["clean"] if isinstance(truth, Mapping) else truth
+        volumes, spacing = _in_ras({"image": sample["image"], "label": truth}, ("image", "label"))
+        pred = sample["pred"]
+        if not isinstance(pred, MetaTensor) and isinstance(sample["image"], MetaTensor):
+            pred = MetaTensor(pred, affine=sample["image"].affine)
+        restored, new_spacing = _in_ras({"image": pred}, ("image",))  # super-resolution: a grid of its own
+        before, after = volumes["image"][0], restored["image"][0]
+        gray = {"cmap": "gray", "vmin": 0, "vmax": float(np.quantile(before, 0.995)) or 1.0}
+        shown, text = [(before, spacing, gray), (after, new_spacing, gray)], []
+        if truth is not None:
+            clean = volumes["label"][0]
+            errors = np.abs(before - clean), np.abs(after - clean)
+            titles = ["before", "after", "truth", "error before", "error after"]
+            shown.append((clean, spacing, gray))
+            text = [f"{_psnr(before, clean):.1f} dB", f"{_psnr(after, clean):.1f} dB"]
+        elif before.shape == after.shape:
+            errors = (np.abs(after - before),)
+            titles = ["before", "after", "difference"]
+        else:
+            errors = ()
+        for error in errors:
+            limit = float(np.quantile(errors[0], 0.995)) or 1.0
+            shown.append((error, spacing, {"cmap": "magma", "vmin": 0, "vmax": limit}))
+        name = str(sample.get("name", ""))
+        rows += [(plane, shown, name, text) for plane in _planes(before)[:2]]
+
+    figure, axes = _figure_of_slices([[(*cell[:2], plane) for cell in shown] for plane, shown, *_ in rows])
+    for row, (plane, shown, name, text) in enumerate(rows):
+        for axis, (volume, spacing, look) in zip(axes[row], shown):
+            _show(axis, volume, spacing, plane, volume.shape[plane] // 2 if volume.ndim == 3 else 0, **look)
+        for axis, label in zip(axes[row], text):
+            axis.text(0.03, 0.03, label, color="white", fontsize=10, transform=axis.transAxes)
+        axes[row, 0].set_ylabel(name, fontsize=9)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def _in_ras(sample: Mapping, keys: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The sample's volumes (C, *S) in RAS order, and their spacing in mm; all lie on the grid of ``image``."""
+    image = sample["image"]
+    affine = image.affine if isinstance(image, MetaTensor) and image.ndim == 4 else None
+    volumes, spacing = {}, np.ones(image.ndim - 1)
+    for key in keys:
+        if sample.get(key) is None:
+            continue
+        volume = torch.as_tensor(sample[key]).as_subclass(Tensor).detach().float().cpu()
+        if affine is not None:
+            volume = Orientation("RAS", labels=None)(MetaTensor(volume, affine=affine))
+            spacing = volume.pixdim.numpy()
+        volumes[key] = np.asarray(volume.as_subclass(Tensor))
+    return volumes, spacing
+
+
+def _label_map(volume: np.ndarray) -> np.ndarray:
+    return (volume.argmax(axis=0) if len(volume) > 1 else volume[0]).astype(int)
+
+
+def _planes(volume: np.ndarray) -> tuple[int, ...]:
+    """The axes of an RAS volume that slices are taken across: axial, coronal and sagittal ones; of a 2D image none."""
+    return (2, 1, 0) if volume.ndim == 3 else (2,)
+
+
+def _around(labels: np.ndarray, spacing: np.ndarray, margin: float = 12.0) -> tuple[slice, ...]:
+    """The box around all labels, with a margin in mm; the whole image if there are none."""
+    voxels = np.argwhere(labels)
+    if len(voxels) == 0:
+        return (slice(None),) * labels.ndim
+    margins = np.ceil(margin / spacing).astype(int)
+    return tuple(slice(max(a, 0), b) for a, b in zip(voxels.min(0) - margins, voxels.max(0) + margins + 1))
+
+
+def _richest_slice(labels: np.ndarray, plane: int) -> int:
+    """The slice with the largest shares of the structures, among which a small one counts as much as a large one."""
+    if labels.ndim == 2 or not labels.any():
+        return labels.shape[plane] // 2 if labels.ndim == 3 else 0
+    others = tuple(axis for axis in range(3) if axis != plane)
+    areas = np.stack([(labels == label).sum(axis=others) for label in np.unique(labels[labels > 0])])
+    return int((areas / areas.sum(axis=1, keepdims=True)).sum(axis=0).argmax())
+
+
+def _caption(sample: Mapping, maps: Mapping[str, np.ndarray], n_classes: int) -> str:
+    name = str(sample.get("name", ""))
+    if "label" not in maps:
+        return name
+    truth, pred = (torch.from_numpy(maps[key])[None, None] for key in ("label", "pred"))
+    dice = float(compute_dice(pred, truth, include_background=False, num_classes=n_classes + 1).nanmean())
+    return f"{name}\nmean Dice {dice:.3f}".strip()
+
+
+def _psnr(image: np.ndarray, clean: np.ndarray) -> float:
+    return float(PSNRMetric(max_val=1.0)(torch.from_numpy(image)[None, None], torch.from_numpy(clean)[None, None]))
+
+
+def _sides(volume: np.ndarray, spacing: np.ndarray, plane: int) -> tuple[float, float]:
+    """Width and height of a slice in mm."""
+    width, height = (n * step for axis, (n, step) in enumerate(zip(volume.shape, spacing)) if axis != plane)
+    return float(width), float(height)
+
+
+def _figure_of_slices(rows: Sequence[Sequence[tuple]], width: float = 14.0) -> tuple[Figure, np.ndarray]:
+    """A figure with axes for rows of (volume, spacing, plane), ``width`` inches wide and as high as they ask for.
+
+    All are at one scale: the axes of a row share the height of its highest slice, those of a column the width.
+    """
+    sides = np.array([[_sides(*cell) for cell in row] for row in rows])  # rows, columns, (width, height)
+    widths, heights = sides[..., 0].max(axis=0), sides[..., 1].max(axis=1)
+    scale = width / widths.sum()
+    figure = Figure(figsize=(width, scale * heights.sum() + 0.8), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.06, hspace=0)
+    axes = figure.subplots(*sides.shape[:2], width_ratios=widths, height_ratios=heights, squeeze=False)
+    for (i, j), axis in np.ndenumerate(axes):
+        (w, h), room_w, room_h = sides[i, j], widths[j], heights[i]
+        axis.set(xticks=[], yticks=[], facecolor="black", aspect="equal")
+        axis.set(xlim=((w - room_w) / 2, (w + room_w) / 2), ylim=((h - room_h) / 2, (h + room_h) / 2))
+        axis.autoscale(False)
+        axis.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _show(axis, volume: np.ndarray, spacing: np.ndarray, plane: int, at: int, **look) -> None:
+    width, height = _sides(volume, spacing, plane)
+    axis.imshow(_upright(volume, plane, at), extent=(0, width, 0, height), **look)
+
+
+def _upright(volume: np.ndarray, plane: int, at: int) -> np.ndarray:
+    """A slice of a volume in RAS order as radiologists look at it: the person's right, in sagittal slices the front, at
+    the left, and the top or the front up; of a 2D image all of it."""
+    picture = volume.take(at, axis=plane) if volume.ndim == 3 else volume
+    return np.rot90(picture[::-1])
+
+
 def axial_slice(image: Tensor, height: float = 0.5) -> np.ndarray:
     """An axial slice of an image in RAS order as radiologists look at it: the person's right at the left, front up.
 
@@ -69,32 +289,42 @@ def axial_slice(image: Tensor, height: float = 0.5) -> np.ndarray:
         image: ``(C, *S)``; its first channel is shown, of a 3D image the slice at ``height``, a share of its last side.
     """
     picture = image[0].detach().float().cpu().numpy()
-    if picture.ndim == 3:
-        picture = picture[..., int(height * picture.shape[-1])]
-    return np.rot90(picture[::-1])
+    return _upright(picture, 2, int(height * picture.shape[-1]))
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Training loss, validation errors and image quality over epochs, from the rows of ``history.csv``."""
-    panels = [
-        ("mean squared error", ["train_loss", "masked_error", "high_frequency_error", "mean_prediction_error"]),
-        ("PSNR of masked patches, dB", ["psnr"]),
-        ("SSIM of the reconstruction", ["ssim"]),
-    ]
-    figure = Figure(figsize=(12, 3.4), layout="constrained", facecolor="white")
-    for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels):
-        for name in names:
+    """Losses, errors and metrics over epochs, from the rows of ``history.csv``, whatever its columns are.
+
+    Columns of a kind (losses and errors, Dice, PSNR, SSIM) share a plot, any other has one of its own. What nothing
+    learned reaches (``mean_prediction_*``, ``*_input``) is dotted.
+    """
+    names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in NOT_DRAWN]
+    plots: dict[str, list[str]] = {title: [] for title, _ in CURVES}
+    for name in names:
+        kind = next((title for title, pattern in CURVES if re.fullmatch(pattern, name)), name.replace("_", " "))
+        plots.setdefault(kind, []).append(name)
+    plots = {title: columns for title, columns in plots.items() if columns}
+
+    across = min(4, len(plots))
+    down = math.ceil(len(plots) / across)
+    figure = Figure(figsize=(4 * across, 3.4 * down), layout="constrained", facecolor="white")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for (title, columns), axis in zip(plots.items(), axes):
+        lowest = math.inf
+        for name in columns:
             points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
-            if points:
-                axis.plot(
-                    *zip(*points), label=name.replace("_", " "), linestyle=":" if name.startswith("mean") else "-"
-                )
+            dotted = name.startswith("mean_prediction") or name.endswith("_input")
+            axis.plot(*zip(*points), label=name.replace("_", " "), linestyle=":" if dotted else "-")
+            lowest = min(lowest, *(value for _, value in points))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if title == "loss" and lowest > 0:
             axis.set_yscale("log")
+        if len(columns) > 1:
             axis.legend(fontsize=8)
+    for axis in list(axes):
+        axis.remove()  # of a last row that is not full
     return figure
 
 

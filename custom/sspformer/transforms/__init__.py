@@ -1,5 +1,11 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
+from .degradation import (
+    RandReducedResolution,
+    RandReducedResolutiond,
+    ResolutionSampler,
+    reduce_resolution,
+)
 from .masking import (
     MaskIndices,
     MaskSampler,
@@ -29,11 +35,15 @@ __all__ = [
     "RandFrequencyWeightedNoised",
     "RandInverseFrequencyMask",
     "RandInverseFrequencyMaskd",
+    "RandReducedResolution",
+    "RandReducedResolutiond",
+    "ResolutionSampler",
     "draw_mask",
     "frequency_weighted_noise",
     "high_frequency_map",
     "inverse_frequency_mask",
     "noise_weight",
     "patch_energy",
+    "reduce_resolution",
     "voxel_mask",
 ]

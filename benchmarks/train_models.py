@@ -1,0 +1,79 @@
+"""Train the models that ship with the bundle, on the train splits of the manifest, and write them to bundle/models.
+
+One process a model, through the bundle's own `train.json`; a killed run goes on where it stopped. Test subjects are in
+no list. About 25, 10, 20 and 20 minutes on two CPU cores.
+
+    python benchmarks/train_models.py --data_dir ../shared/data --encoder bundle/models/pretrained/encoder.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from finetuning import ROOT, bundle, datalist, manifest, write_datalist
+
+#: model: overlay, its place under bundle/models, options of the training
+MODELS = {
+    "brain_structures": (
+        None,
+        "model.pt",
+        ["--roi_size", "[64,64,64]", "--epochs", "18", "--crops_per_scan", "2", "--val_interval", "3"],
+    ),
+    "denoising": (
+        "denoising",
+        "denoising/model.pt",
+        ["--roi_size", "[48,48,48]", "--epochs", "16", "--val_interval", "4"],
+    ),
+    "super_resolution": (
+        "super_resolution",
+        "super_resolution/model.pt",
+        ["--roi_size", "[48,48,48]", "--epochs", "24", "--crops_per_scan", "16", "--val_interval", "6"],
+    ),
+    "hippocampus": (
+        "hippocampus",
+        "hippocampus/model.pt",
+        ["--epochs", "30", "--crops_per_scan", "1", "--batch_size", "4", "--val_interval", "5"],
+    ),
+}
+
+
+def scans(data_dir: Path, model: str, work_dir: Path) -> Path:
+    """Training scans of a restoration task: super-resolution learns from those that are fine along every axis."""
+    rows = [row for row in manifest(data_dir, "heads") if row["split"] == "train" and row["contrast"] not in ("ADC",)]
+    if model == "super_resolution":
+        rows = [row for row in rows if max(map(float, row["spacing_mm"].split("x"))) <= 1.5]
+    items = [{"image": row["file"], "subject": row["subject"]} for row in rows]
+    return write_datalist(work_dir / f"{model}.json", {"training": items}, data_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder with manifest.csv and the tasks' folders")
+    parser.add_argument("--encoder", type=Path, required=True, help="pretrained encoder.pt")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "models")
+    parser.add_argument("options", nargs="*", help="more options of train.json, after --")
+    args = parser.parse_args()
+    data_dir, work_dir = args.data_dir.resolve(), args.work_dir.resolve()
+    for model in args.models:
+        overlay, place, options = MODELS[model]
+        labelled = model in ("brain_structures", "hippocampus")
+        lists = (datalist if labelled else scans)(data_dir, model, work_dir)
+        output = work_dir / model
+        output.mkdir(parents=True, exist_ok=True)
+        print(f"{model}: see {output / 'train.log'}", flush=True)
+        options = [
+            *("--dataset_dir", str(lists), "--output_dir", str(output), "--pretrained", str(args.encoder.resolve())),
+            *("--max_val_scans", "6", *options, *args.options),
+        ]
+        bundle("training", "train", [overlay] if overlay else [], options, output / "train.log")
+        target = ROOT / "bundle" / "models" / place
+        script = ROOT / "scripts" / "half_precision.py"
+        subprocess.run([sys.executable, script, output / "models" / "model.pt", target], check=True)
+
+
+if __name__ == "__main__":
+    main()

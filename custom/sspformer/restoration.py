@@ -1,0 +1,243 @@
+"""What super-resolution and denoising need of MONAI's engines: pairs of a clean image and its degraded one, made on the
+device; intensities scaled so that they can be brought back; the loss; the finer grid."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.engines import PrepareBatch
+from monai.transforms import InvertibleTransform, MapTransform, Randomizable
+from monai.transforms.utils_pytorch_numpy_unification import percentile
+from monai.utils import ensure_tuple_rep, str2bool
+from torch import Tensor, nn
+
+from . import kspace
+
+__all__ = [
+    "DataConsistencyd",
+    "FourierResampled",
+    "PrepareDegradedBatch",
+    "RestorationLoss",
+    "ScaleByPercentiled",
+    "unpack_targets",
+]
+
+
+class PrepareDegradedBatch(PrepareBatch, Randomizable):
+    """Degrades a batch of clean images on the device: MONAI's ``prepare_batch`` of the restoration tasks.
+
+    Fourier transforms wrap around at the border of a crop, where a scan goes on. So crops come with a margin, which is
+    degraded with them and then cut off.
+
+    Args:
+        degradation: called as ``degradation(image, spacing, generator, random_state)``, as
+            :class:`sspformer.transforms.NoiseSampler` and :class:`sspformer.transforms.ResolutionSampler` are.
+        margin: voxels at each end of each spatial axis; 0 for whole scans.
+        image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor. Values below 0,
+            which a magnitude image has none of, become 0.
+        seed: of the degradation; :class:`sspformer.handlers.SeedEpoch` sets it anew each epoch.
+
+    Raises:
+        ValueError: if ``margin`` is negative, or leaves nothing of a batch.
+    """
+
+    def __init__(self, degradation: Any, margin: int = 0, image_key: str = "image", seed: int = 0) -> None:
+        if margin < 0:
+            raise ValueError(f"margin must be 0 or more, got {margin}.")
+        self.degradation, self.margin, self.image_key = degradation, margin, image_key
+        self.set_random_state(seed)
+
+    def set_random_state(self, seed=None, state=None) -> PrepareDegradedBatch:
+        """As of MONAI's Randomizable; the generator of the device starts anew as well."""
+        super().set_random_state(seed, state)
+        self._generator: torch.Generator | None = None
+        self._device_seed = int(self.R.randint(2**31))
+        return self
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor], tuple, dict]:
+        """The four parts that MONAI's engines take: degraded image, targets ``clean`` and ``degraded``, nothing more.
+
+        All are ``(B, C, *S)`` with ``S`` less twice the margin.
+        """
+        image = batchdata[self.image_key]
+        if min(image.shape[2:]) <= 2 * self.margin:
+            raise ValueError(
+                f"crops of {tuple(image.shape[2:])} voxels are used up by a margin of {self.margin} at each end: make "
+                "them roi_size + 2 * margin."
+            )
+        spacing = kspace.spacing_of(image)
+        clean = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
+        clean = clean.clamp(min=0)
+        if self._generator is None or self._generator.device != clean.device:
+            self._generator = torch.Generator(clean.device).manual_seed(self._device_seed)
+        degraded = self.degradation(clean, spacing, self._generator, self.R)
+        inner = (..., *(slice(self.margin, side - self.margin) for side in clean.shape[2:]))
+        clean, degraded = clean[inner].contiguous(), degraded[inner].contiguous()
+        return degraded, {"clean": clean, "degraded": degraded}, (), {}
+
+
+class RestorationLoss(nn.Module):
+    r"""How much of the degradation's error is left, in dB: minus the gain in PSNR, averaged over the batch.
+
+    .. math:: 10 \log_{10} \frac{mse(pred, clean) + \epsilon}{mse(degraded, clean) + \epsilon}
+
+    The plain squared error is ruled by the strongest degradations; here each one counts alike, so that a network blind
+    to the level learns not to harm a scan that has hardly any.
+
+    Args:
+        eps: mean square that counts as nothing, above 0; 1e-6 is a thousandth of the intensity range.
+
+    Raises:
+        ValueError: if ``eps`` is not above 0.
+    """
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        if eps <= 0:
+            raise ValueError(f"eps must be above 0, got {eps}.")
+        self.eps = eps
+
+    def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+        """The loss, a scalar, from ``pred`` and the target's ``clean`` and ``degraded``, all ``(B, C, *S)``."""
+
+        def error(image: Tensor) -> Tensor:
+            return (image.float() - target["clean"]).square().flatten(1).mean(dim=1) + self.eps
+
+        return 10 * (error(pred).log10() - error(target["degraded"]).log10()).mean()
+
+
+def unpack_targets(output: Mapping[str, Any]) -> dict[str, Any]:
+    """An engine's output with ``clean`` and ``degraded`` of its targets beside ``pred``, for metrics and pictures."""
+    return {**output, **output["label"]}
+
+
+class ScaleByPercentiled(MapTransform, InvertibleTransform):
+    """Divide an image by a percentile of its values. Nothing is shifted or clipped, so the inverse is exact.
+
+    Args:
+        keys: entries to scale, MetaTensors.
+        upper: the percentile that becomes 1, in (0, 100].
+        allow_missing_keys: do not raise if a key is missing.
+
+    Raises:
+        ValueError: if ``upper`` is out of range, or an image has no value above 0.
+    """
+
+    def __init__(self, keys: KeysCollection, upper: float = 99.5, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if not 0 < upper <= 100:
+            raise ValueError(f"upper must be a percentile in (0, 100], got {upper}.")
+        self.upper = upper
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            scale = float(percentile(d[key], self.upper))
+            if scale <= 0:  # a small object in a large field of view
+                scale = float(d[key].max())
+            if not 0 < scale < float("inf"):
+                name = getattr(d[key], "meta", {}).get("filename_or_obj", key)
+                raise ValueError(
+                    f"{name} has no finite value above 0, its largest is {scale:g}: not a magnitude image."
+                )
+            d[key] = d[key] / scale
+            self.push_transform(d[key], extra_info={"scale": scale})
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = d[key] * self.pop_transform(d[key])["extra_info"]["scale"]
+        return d
+
+
+class FourierResampled(MapTransform):
+    """A scan on a finer grid over the same field of view, zero-filled in k-space: the input of super-resolution.
+
+    The affine follows, and the scan as it was is kept beside it, for :class:`DataConsistencyd`. There is no inverse:
+    the finer grid is what is asked for. It belongs right after loading, where axes and voxel 0 are the file's own.
+
+    Args:
+        keys: entries to resample, MetaTensors ``(C, X, Y, Z)``.
+        factor: voxels after over voxels before, a number or one for each axis, 1 or more.
+        spacing: the voxel spacing wanted instead, mm, a number or one for each axis; the nearest that the field of view
+            is a whole number of. No axis gets coarser.
+        low_key: name of the entry that keeps the scan as it was, appended to the key.
+        allow_missing_keys: do not raise if a key is missing.
+
+    Raises:
+        ValueError: unless just one of ``factor`` and ``spacing`` is given, each above 0 and no factor below 1.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        factor: Sequence[float] | float | None = None,
+        spacing: Sequence[float] | float | None = None,
+        low_key: str = "low",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if (factor is None) == (spacing is None):
+            raise ValueError(f"give factor or target spacing, and null for the other; got {factor} and {spacing}.")
+        self.factor = None if factor is None else ensure_tuple_rep(factor, 3)
+        self.spacing = None if spacing is None else ensure_tuple_rep(spacing, 3)
+        if self.factor is not None and min(self.factor) < 1:
+            raise ValueError(f"factor must be 1 or more along each axis, got {factor}.")
+        if self.spacing is not None and min(self.spacing) <= 0:
+            raise ValueError(f"the target spacing must be above 0 mm along each axis, got {spacing}.")
+        self.low_key = low_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            low: MetaTensor = d[key]
+            size, sides = self.size(low), np.array(low.shape[1:])
+            fine = MetaTensor(
+                kspace.fourier_resample(low.as_tensor()[None], size.tolist())[0],
+                affine=low.affine @ torch.diag(torch.tensor([*(sides / size), 1.0], dtype=low.affine.dtype)),
+                meta={name: value for name, value in low.meta.items() if name != "affine"},
+                applied_operations=low.applied_operations,
+            )
+            d[key], d[self.low_key] = fine, low
+        return d
+
+    def size(self, image: MetaTensor) -> np.ndarray:
+        """Voxels along each axis afterwards."""
+        sides = np.array(image.shape[1:])
+        if self.spacing is None:
+            wanted = sides * np.array(self.factor)
+        else:
+            wanted = sides * kspace.spacing_of(image).numpy() / np.array(self.spacing)
+        return np.maximum(np.round(wanted).astype(int), sides)
+
+
+class DataConsistencyd(MapTransform):
+    """Put the measured part of k-space back into predictions, see :func:`sspformer.kspace.data_consistency`.
+
+    Args:
+        keys: predictions ``(C, *S)``.
+        low_key: the scan as it was measured, on its own grid, with the prediction's orientation and intensity scale.
+        enabled: False: leave the predictions as they are.
+    """
+
+    def __init__(self, keys: KeysCollection, low_key: str = "low", enabled: bool = True) -> None:
+        super().__init__(keys)
+        self.low_key = low_key
+        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d) if self.enabled else ():
+            pred = d[key]
+            low = torch.as_tensor(d[self.low_key]).as_subclass(Tensor).to(pred.device)
+            d[key] = pred.clone()
+            d[key][:] = kspace.data_consistency(torch.as_tensor(pred).as_subclass(Tensor)[None], low[None])[0]
+        return d
