@@ -329,7 +329,7 @@ def test_the_command_line(tmp_path, threshold):
     for key, value in {"dataset_dir": tmp_path / "scans", "output_dir": tmp_path / "out", **threshold}.items():
         line += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
     environment = {**os.environ, "PYTHONPATH": str(BUNDLE.parent / "custom")}
-    done = subprocess.run(line, cwd=BUNDLE, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(line, cwd=BUNDLE, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and "broken.nii.gz" in done.stderr.splitlines()[-1]
     assert (tmp_path / "out/a_seg.nii.gz").is_file()

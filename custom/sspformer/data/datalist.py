@@ -10,13 +10,13 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from .checking import Cache, check_dicom, check_nifti, in_threads
-from .finding import Scan, find_scans
+from .finding import SPLITS, Scan, datalist_of, find_scans
 from .naming import stem
 from .reading import by, reason_of
 
@@ -42,7 +42,8 @@ def prepare_datalist(
 
     Args:
         dataset_dir: a folder, searched recursively for NIfTI files and DICOM series; a single file; or an MSD-style
-            datalist (JSON with "training" and perhaps "validation", which then is the split).
+            datalist (JSON with "training" and perhaps "validation", which then is the split), or the folder that holds
+            it as dataset.json. The scans of a list "test", or of a folder's imagesTs/, are left out.
         output_dir: gets `scans.csv`, a row a file, and `scan_check.json`, which spares unchanged files another reading.
         val_fraction: fraction of the subjects for validation, in [0, 1); at least one subject unless it is 0. A single
             subject serves for both, with a warning.
@@ -61,48 +62,123 @@ def prepare_datalist(
 
     Raises:
         FileNotFoundError: when `dataset_dir` does not exist.
-        ValueError: naming the unusable scans, unless `skip_unreadable`; when no usable scan is left; when a path does
-            not match `subject_pattern`; when an argument is out of its range.
+        ValueError: naming the unusable scans, unless `skip_unreadable`; when no usable scan is left to train on; when a
+            path does not match `subject_pattern`; when an argument is out of its range.
     """
-    dataset_dir = existing(dataset_dir)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}.")
     if min_size < 2 or max_volumes < 1:
         raise ValueError(f"min_size must be at least 2 and max_volumes at least 1, got {min_size} and {max_volumes}.")
+    scans = _prepare(
+        dataset_dir,
+        output_dir,
+        skip_unreadable,
+        min_size,
+        max_volumes,
+        subject_pattern,
+        num_workers,
+        val_fraction,
+        seed,
+    )
+    data = {
+        split: [item for scan in scans if scan.split in (split, "both") for item in _items(scan)]
+        for split in ("training", "validation")
+    }
+    if not data["training"]:
+        raise ValueError(
+            f"nothing to train on in {dataset_dir}: all its usable scans are for validation or testing; move some to "
+            'its list "training" or its imagesTr/.'
+        )
+    return data
+
+
+def prepare_test_scans(
+    dataset_dir: str | os.PathLike,
+    output_dir: str | os.PathLike | None = None,
+    skip_unreadable: bool = True,
+    subject_pattern: str | None = None,
+    num_workers: int = 2,
+) -> list[dict]:
+    """The scans to evaluate on, with or without label maps: those of the test split, else of "validation", else all.
+
+    Args:
+        dataset_dir: as `prepare_datalist` takes it; a list "test", or a folder's imagesTs/, is the test split.
+        output_dir: gets `scans.csv` and `scan_check.json`.
+        skip_unreadable: name the unusable scans in a warning and in `scans.csv`, and go on.
+        subject_pattern: finds the subject in a path.
+        num_workers: threads that read.
+
+    Returns:
+        the items, as in `prepare_datalist`.
+    """
+    scans = _prepare(
+        dataset_dir,
+        output_dir,
+        skip_unreadable,
+        min_size=2,
+        max_volumes=4,
+        subject_pattern=subject_pattern,
+        num_workers=num_workers,
+    )
+    return [item for scan in scans for item in _items(scan)]
+
+
+def _prepare(
+    dataset_dir: str | os.PathLike,
+    output_dir: str | os.PathLike | None,
+    skip_unreadable: bool,
+    min_size: int,
+    max_volumes: int,
+    subject_pattern: str | None,
+    num_workers: int,
+    val_fraction: float | None = None,
+    seed: int = 0,
+) -> list[Scan]:
+    """The usable scans, reported: split for training and validation or, without `val_fraction`, those to test on."""
+    dataset_dir = existing(dataset_dir)
     output_dir = Path(output_dir) if output_dir is not None else None
     if output_dir:
         output_dir.mkdir(parents=True, exist_ok=True)
     cache = Cache(output_dir / "scan_check.json" if output_dir else None)
 
-    scans, labels, others = find_scans(dataset_dir, output_dir, num_workers, cache)
+    scans, labels, others = find_scans(datalist_of(dataset_dir), output_dir, num_workers, cache)
     if subject_pattern:
         match_subjects(scans, subject_pattern)
+    held_out: list[Scan] = []
+    if val_fraction is not None:
+        held_out = [scan for scan in scans if scan.split == "test"]
+        scans = [scan for scan in scans if scan.split != "test"]
+    else:
+        chosen = test_split({scan.split for scan in scans}, dataset_dir)
+        scans = [scan for scan in scans if chosen in ("", scan.split)]
     _check_scans(scans, min_size, max_volumes, num_workers, cache)
     scans.sort(key=lambda scan: (scan.relative, scan.series))
     usable = [scan for scan in scans if not scan.reason]
     unusable = [scan for scan in scans if scan.reason]
     name_scans(usable, dataset_dir.name)
-    if all(scan.split for scan in usable):
-        warn_of_overlap(usable, dataset_dir.name)
-    else:
-        split_subjects(usable, val_fraction, seed)
+    if val_fraction is None:
+        for scan in usable:
+            scan.split = "test"
+    elif to_split := [scan for scan in usable if not scan.split]:
+        split_subjects(to_split, val_fraction, seed)
+    warn_of_overlap(usable + held_out, dataset_dir.name)
 
+    left_out = {"label map": list(map(str, labels)), "test scan": [scan.label for scan in held_out]}
     summary = (
         f"{len(usable)} usable scans of {len({scan.subject for scan in usable})} subjects, {len(unusable)} unusable, "
-        f"{len(labels)} label maps left out, {others} other files ignored."
+        + "".join(f"{len(paths)} {what}s left out, " for what, paths in left_out.items() if paths)
+        + f"{others} other files ignored."
     )
-    rows = [*map(row_of, usable + unusable), *map(_label_row, labels)]
+    rows = [*map(row_of, usable + unusable)]
+    rows += [{"status": f"{what}, left out", "path": path} for what, paths in left_out.items() for path in paths]
     report(dataset_dir, output_dir, usable, unusable, rows, COLUMNS, summary)
     refuse(dataset_dir, unusable, "scans", skip_unreadable)
-    if not usable:
+    if not usable and not held_out:
         raise ValueError(
             f"no usable scan in {dataset_dir}: looked, in all folders below it, for *.nii, *.nii.gz, .hdr/.img pairs "
             f"and MR DICOM series, and found {summary}"
         )
-    return {
-        split: [item for scan in usable if scan.split in (split, "both") for item in _items(scan)]
-        for split in ("training", "validation")
-    }
+    return usable
 
 
 def existing(dataset_dir: str | os.PathLike) -> Path:
@@ -198,10 +274,22 @@ def split_subjects(scans: list[Scan], val_fraction: float, seed: int) -> None:
 
 def warn_of_overlap(scans: list[Scan], root_name: str) -> None:
     """Says so when a datalist has one subject in two splits."""
-    for splits in itertools.combinations(("training", "validation", "test"), 2):
+    for splits in itertools.combinations(SPLITS, 2):
         first, second = ({scan.subject for scan in scans if scan.split == split} for split in splits)
         if both := first & second:
             logger.warning(f"{root_name} has scans of {', '.join(sorted(both))} in {splits[0]} and in {splits[1]}.")
+
+
+def test_split(splits: Collection[str], dataset_dir: Path) -> str:
+    """The one to evaluate on of the splits that a data set has; empty, with a warning, for all of it."""
+    for split in ("test", "validation"):
+        if split in splits:
+            return split
+    logger.warning(
+        f'{dataset_dir} has no test split (a list "test" in dataset.json; or imagesTs/, and labelsTs/ for labels): '
+        "all its scans are evaluated, with those that may have been trained on."
+    )
+    return ""
 
 
 def _items(scan: Scan) -> list[dict]:
@@ -225,10 +313,6 @@ def row_of(scan: Scan) -> dict[str, str]:
         "status": status,
         "path": scan.label,
     }
-
-
-def _label_row(path: PurePosixPath) -> dict[str, str]:
-    return {"status": "label map, left out", "path": str(path)}
 
 
 def report(

@@ -16,6 +16,8 @@ from .checking import Cache, digest, in_threads
 from .naming import NIFTI_NAME, NIFTI_SUFFIX, is_label_path, known_subject_of, subject_of
 from .reading import reason_of
 
+SPLITS = ("training", "validation", "test")  # the lists of a datalist
+
 
 @dataclass
 class Scan:
@@ -55,7 +57,7 @@ def find_scans(
     """Every NIfTI file and DICOM series (a broken one with its reason), the label maps, the number of other files.
 
     Args:
-        dataset_dir: a folder, one file or a datalist, as `prepare_datalist` takes it; absolute.
+        dataset_dir: a folder, whose imagesTs/ is its test split, one file or a datalist; absolute.
         output_dir: not searched.
         num_workers: threads that read DICOM headers.
         cache: of DICOM headers.
@@ -65,7 +67,8 @@ def find_scans(
     is_datalist = given is not None or (dataset_dir.is_file() and dataset_dir.suffix.lower() == ".json")
     is_folder = dataset_dir.is_dir() and not is_datalist
     if is_folder:
-        given = {file: {} for file in walk(root, output_dir.resolve() if output_dir else None)}
+        files = walk(root, output_dir.resolve() if output_dir else None)
+        given = {file: {"split": "test"} if root / "imagesTs" in file.parents else {} for file in files}
     elif is_datalist:
         given = read_datalist(dataset_dir) if given is None else given
     else:
@@ -170,20 +173,31 @@ def _of_patient(patient: str) -> str:
     return f"dicom-{patient[:8]}"
 
 
+def has_lists(described: Mapping) -> bool:
+    """Whether the content of a dataset.json lists scans (nnU-Net's of version 2 does not)."""
+    return any(isinstance(described.get(split), list) for split in SPLITS)
+
+
+def datalist_of(dataset_dir: Path) -> Path:
+    """The dataset.json of a folder if it lists scans, else the path itself."""
+    file = dataset_dir / "dataset.json"
+    return file if file.is_file() and has_lists(read_json(file)) else dataset_dir
+
+
 def read_datalist(file: Path, with_labels: bool = False) -> dict[Path, dict]:
     """Files of an MSD-style datalist, each with its "split" and, if the list says so, its "subject".
 
     Args:
         file: JSON; its paths are relative to its folder.
-        with_labels: also take the list "test", and give a file its "label_map" where the item has a "label".
+        with_labels: give a file its "label_map" where the item has a "label".
     """
     lists = read_json(file)
-    if not with_labels and not isinstance(lists.get("training"), list):
+    if not has_lists(lists):
         raise ValueError(
-            f'the datalist {file} needs a list "training" of {{"image": path}} (and may have "validation").'
+            f'the datalist {file} needs a list "training" of {{"image": path}} (and may have "validation" and "test").'
         )
     found: dict[Path, dict] = {}
-    for split in ("training", "validation", *(["test"] if with_labels else [])):
+    for split in SPLITS:
         for item in lists.get(split) or []:
             item = item if isinstance(item, dict) else {"image": item}
             images = item.get("image")
@@ -197,11 +211,17 @@ def read_datalist(file: Path, with_labels: bool = False) -> dict[Path, dict]:
             if with_labels and len(images) > 1 and any(map(NIFTI_SUFFIX.search, images)):
                 given["reason"] = 'several channels, and one is read: its "image" must be one file'
             for path in (file.parent / image for image in images):
-                for one in walk(path) if path.is_dir() else [path]:
+                for one in walk(path) if path.is_dir() else [_first_channel(path)]:
                     if one in found:
                         raise ValueError(f'the datalist {file} lists {one} twice, the second time in "{split}".')
                     found[one] = given
     return found
+
+
+def _first_channel(image: Path) -> Path:
+    """The file that a dataset.json of nnU-Net (version 1) means, which lists `x_0000.nii.gz` as `x.nii.gz`."""
+    first = image.with_name(NIFTI_SUFFIX.sub(r"_0000\g<0>", image.name))
+    return first if first.exists() and not image.exists() else image
 
 
 def read_json(file: Path) -> dict:

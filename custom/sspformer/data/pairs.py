@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,9 +23,10 @@ from .datalist import (
     report,
     row_of,
     split_subjects,
+    test_split,
     warn_of_overlap,
 )
-from .finding import Scan, find_scans, is_dicom, read_datalist, read_json, walk
+from .finding import Scan, find_scans, has_lists, is_dicom, read_datalist, read_json, walk
 from .naming import NIFTI_SUFFIX, stem
 from .reading import by, reason_of
 
@@ -136,15 +137,8 @@ def prepare_test_data(
         the items, as in `prepare_pairs`.
     """
     dataset_dir = existing(dataset_dir)
-    pairs, allowed = _find_pairs(
-        dataset_dir, output_dir, classes, 2, subject_pattern, num_workers, splits=("test", "validation")
-    )
+    pairs, allowed = _find_pairs(dataset_dir, output_dir, classes, 2, subject_pattern, num_workers, for_test=True)
     usable = [pair for pair in pairs if not pair.reason]
-    if not any(pair.split for pair in usable):
-        logger.warning(
-            f'{dataset_dir} has no test split (a list "test" in dataset.json, or imagesTs/ and labelsTs/): all its '
-            "pairs are evaluated, with those that may have been trained on."
-        )
     for pair in usable:
         pair.split = "test"
     _report(dataset_dir, output_dir, pairs, skip_unreadable)
@@ -159,9 +153,9 @@ def _find_pairs(
     min_size: int,
     subject_pattern: str | None,
     num_workers: int,
-    splits: Sequence[str] = (),
+    for_test: bool = False,
 ) -> tuple[list[Scan], set[int] | None]:
-    """All pairs of a data set (or of the first of `splits` that it has), checked and named; and the label values."""
+    """All pairs of a data set, or those to test on, checked and named; and the label values."""
     root = dataset_dir if dataset_dir.is_dir() else dataset_dir.parent
     given, orphans, described = _find_files(dataset_dir)
     allowed = _label_values(described if classes is None else classes)
@@ -169,10 +163,8 @@ def _find_pairs(
     if unlabelled:
         logger.info(f"{len(unlabelled)} unlabelled test images in {dataset_dir} are left out.")
     given = {file: known for file, known in given.items() if file not in unlabelled}
-    for split in splits:
-        if chosen := {file: known for file, known in given.items() if known["split"] == split}:
-            given, orphans = chosen, []
-            break
+    if for_test and (split := test_split({known["split"] for known in given.values()}, dataset_dir)):
+        given, orphans = {file: known for file, known in given.items() if known["split"] == split}, []
 
     if output_dir:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -215,9 +207,8 @@ def _find_files(dataset_dir: Path) -> tuple[dict[Path, dict], list[Path], Mappin
     file = dataset_dir / "dataset.json" if dataset_dir.is_dir() else dataset_dir
     described = read_json(file) if file.suffix.lower() == ".json" and file.exists() else {}
     classes = described["labels"] if isinstance(described.get("labels"), Mapping) else None
-    if any(isinstance(described.get(split), list) for split in ("training", "validation", "test")):
-        listed = read_datalist(file, with_labels=True)
-        return {_first_channel(image): known for image, known in listed.items()}, [], classes
+    if has_lists(described):
+        return read_datalist(file, with_labels=True), [], classes
 
     given, orphans, root = {}, [], dataset_dir if dataset_dir.is_dir() else dataset_dir.parent
     for images, labels, split in FOLDERS:
@@ -259,12 +250,6 @@ def _pair_folders(images: Path, labels: Path, split: str) -> tuple[dict[Path, di
             left.pop(name, None)
         found[path] = known
     return found, list(left.values())
-
-
-def _first_channel(image: Path) -> Path:
-    """The file that a dataset.json of nnU-Net (version 1) means, which lists `x_0000.nii.gz` as `x.nii.gz`."""
-    first = image.with_name(NIFTI_SUFFIX.sub(r"_0000\g<0>", image.name))
-    return first if first.exists() and not image.exists() else image
 
 
 def _label_values(classes: int | Mapping | None) -> set[int] | None:
