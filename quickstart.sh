@@ -1,27 +1,38 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
-# Suited to a few minutes on 2 CPU cores: about 4000 crops, from a dozen scans or a hundred. Options on the command line win.
-BUDGET=(
-  --epochs 40 --val_interval 4 --learning_rate 0.001 --image_size "[64,64,64]"
+# Suited to some ten minutes on 2 CPU cores, from a dozen scans or a hundred; options on the command line win.
+PRETRAIN=(
+  --epochs 24 --val_interval 4 --learning_rate 0.001 --image_size "[64,64,64]"
   --crops_per_scan "\$max(1, round(96 / len(@datalist['training'])))"
+)
+SEGMENT=(
+  --epochs 6 --val_interval 3 --max_val_scans 2 --roi_size "[64,64,64]"
+  --crops_per_scan "\$max(1, round(48 / len(@datalist['training'])))"
+)
+DENOISE=(
+  --epochs 6 --val_interval 3 --max_val_scans 2 --roi_size "[48,48,48]"
+  --crops_per_scan "\$max(1, round(80 / len(@datalist['training'])))"
 )
 
 usage() {
-  cat << 'EOF'
-Usage: ./quickstart.sh [--dataset_dir FOLDER] [--output_dir FOLDER] [--KEY VALUE ...]
+  cat << 'USAGE'
+Usage: ./quickstart.sh [--dataset_dir FOLDER] [--labels "NAME,NAME,..."] [--output_dir FOLDER] [--KEY VALUE ...]
 
-Pretrains a small SSPFormer on MRI scans, within minutes on a CPU.
+Pretrains a small SSPFormer on MRI scans, fine-tunes it for segmentation and denoising, scores both on held-out scans,
+runs them on one scan, and draws a panel of it all; within ten minutes on a CPU.
 
   --dataset_dir FOLDER  your scans (NIfTI or DICOM, in any arrangement), one file, or a datalist JSON;
                         without it, demonstration data are made
-  --output_dir FOLDER   where the results go (default: output/pretrain_NAME in this repository, after the data)
-  --KEY VALUE           any other entry of bundle/configs/pretrain.json, such as --epochs 100
+  --labels NAMES        your scans are in images/ and have label maps in labels/: the names of the values 1, 2, ...;
+                        without it, segmentation is left out for your scans
+  --output_dir FOLDER   where the results go (default: output/quickstart_NAME in this repository, after the data)
+  --KEY VALUE           any other entry of bundle/configs/pretrain.json, such as --epochs 100; for the pretraining
   -h, --help            show this
 
 The first run installs everything into .venv. PYTHON chooses the interpreter to make it with; SSPFORMER_PYTHON names an
 interpreter that has everything installed already, which is then used as it is.
-EOF
+USAGE
 }
 fail() { echo "quickstart.sh: error: $* (./quickstart.sh --help shows the usage)" >&2; exit 2; }
 
@@ -31,6 +42,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 config="$root/bundle/configs/pretrain.json"
 output_dir=""
 data_name="demo"
+dataset_dir=""
+labels="grey matter,white matter,cerebrospinal fluid"
 encoder_path=""
 options=()
 while (($#)); do
@@ -52,8 +65,9 @@ while (($#)); do
       [[ -e "$value" ]] || fail "--dataset_dir '$value' does not exist."
       [[ -d "$value" ]] && value="$(cd "$value" && pwd)" || value="$(absolute "$value")"
       data_name="$(basename "$value")"
-      options+=(--dataset_dir "$value")
+      dataset_dir="$value"
       ;;
+    labels) own_labels="$value" ;;
     output_dir)
       [[ ! -e "$value" || -d "$value" ]] || fail "--output_dir '$value' is a file, not a folder."
       output_dir="$(absolute "$value")"
@@ -71,24 +85,69 @@ while (($#)); do
       ;;
   esac
 done
+[[ -n "$dataset_dir" ]] && labels="${own_labels:-}" || labels="${own_labels:-$labels}"
 
-output_dir="${output_dir:-$root/output/pretrain_$data_name}"
-encoder_path="${encoder_path:-$output_dir/models/pretrained/encoder.pt}"
+output_dir="${output_dir:-$root/output/quickstart_$data_name}"
+encoder_path="${encoder_path:-$output_dir/pretrain/models/pretrained/encoder.pt}"
 python="$("$root/scripts/ensure_venv.sh")"
 cd "$root"
 export PYTHONPATH="$root/custom${PYTHONPATH:+:$PYTHONPATH}"
-"$python" -m monai.bundle run training \
-  --config_file bundle/configs/pretrain.json \
-  --bundle_root bundle \
-  --meta_file bundle/configs/metadata.json \
-  --logging_file bundle/configs/logging.conf \
-  --output_dir "$output_dir" \
-  "${BUDGET[@]}" ${options[@]+"${options[@]}"}
+dataset_dir="${dataset_dir:-$("$python" -c "import sspformer; print(sspformer.demo.make_demo_dataset('$root/bundle/demo_data'))")}"
 
-cat << EOF
+bundle() {  # run id, config files, more options
+  local id="$1" configs="$2"
+  shift 2
+  "$python" -m monai.bundle run "$id" --config_file "$configs" --bundle_root bundle \
+    --meta_file bundle/configs/metadata.json --logging_file bundle/configs/logging.conf "$@"
+}
+say() { printf '\n\n=== %s\n\n' "$*"; }
+
+say "Pretraining on $dataset_dir"
+bundle training bundle/configs/pretrain.json --dataset_dir "$dataset_dir" --output_dir "$output_dir/pretrain" \
+  "${PRETRAIN[@]}" ${options[@]+"${options[@]}"}
+
+tasks=(denoising)
+[[ -z "$labels" ]] || tasks=(segmentation denoising)
+# shellcheck disable=SC2016
+held_out='import json, os, sys
+lists = json.load(open(sys.argv[1]))
+image = (lists["validation"] or lists["training"])[0]["image"]
+print(image if isinstance(image, str) else os.path.dirname(image[0]))'
+for task in "${tasks[@]}"; do
+  of_task=()
+  configs() { echo "['bundle/configs/$1.json','bundle/configs/$task.json']"; }
+  if [[ "$task" == segmentation ]]; then
+    configs() { echo "['bundle/configs/$1.json']"; }
+    IFS=, read -ra structures <<< "$labels"
+    of_task=(
+      --class_names "$("$python" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "${structures[@]}")"
+      --network_def#out_channels "$((${#structures[@]} + 1))"
+    )
+    budget=("${SEGMENT[@]}")
+    sides="[64,64,64]"
+  else
+    budget=("${DENOISE[@]}")
+    sides="[48,48,48]"
+  fi
+  where="$output_dir/$task"
+  say "Fine-tuning for $task"
+  bundle training "$(configs train)" --dataset_dir "$dataset_dir" --output_dir "$where" \
+    --pretrained "$encoder_path" "${budget[@]}" ${of_task[@]+"${of_task[@]}"}
+  say "Scoring $task on the scans that were held out"
+  bundle evaluating "$(configs evaluate)" --dataset_dir "$where/datalist.json" --output_dir "$where/evaluation" \
+    --weights "$where/models/model.pt" --roi_size "$sides" --max_pictures 1 ${of_task[@]+"${of_task[@]}"}
+  say "Running $task on one scan, as you would on a new one"
+  bundle inference "$(configs inference)" --dataset_dir "$("$python" -c "$held_out" "$where/datalist.json")" \
+    --output_dir "$where/inference" --weights "$where/models/model.pt" --roi_size "$sides" --pictures true \
+    --overwrite true ${of_task[@]+"${of_task[@]}"}
+done
+
+panel="$("$python" scripts/quickstart_panel.py "$output_dir")"
+cat << DONE
 
 Done. The results are in $output_dir:
-  pictures         $output_dir/pictures/
-  curves           $python -m tensorboard.main --logdir "$output_dir/tensorboard"
+  look at this     $panel
+  tasks            ${tasks[*]}: pictures/, evaluation/summary.csv, inference/ and models/model.pt of each
   encoder weights  $encoder_path
-EOF
+  curves           $python -m tensorboard.main --logdir "$output_dir"
+DONE

@@ -1,7 +1,7 @@
 """Train the models that ship with the bundle, on the train splits of the manifest, and write them to bundle/models.
 
 One process a model, through the bundle's own `train.json`; a killed run goes on where it stopped. Test subjects are in
-no list. About 25, 10, 20 and 20 minutes on two CPU cores.
+no list. About 21, 11, 9 and 7 minutes on two CPU cores.
 
     python benchmarks/train_models.py --data_dir ../shared/data --encoder bundle/models/pretrained/encoder.pt
 """
@@ -25,12 +25,12 @@ MODELS = {
     "denoising": (
         "denoising",
         "denoising/model.pt",
-        ["--roi_size", "[48,48,48]", "--epochs", "16", "--val_interval", "4"],
+        ["--roi_size", "[48,48,48]", "--epochs", "8", "--val_interval", "4"],
     ),
     "super_resolution": (
         "super_resolution",
         "super_resolution/model.pt",
-        ["--roi_size", "[48,48,48]", "--epochs", "24", "--crops_per_scan", "16", "--val_interval", "6"],
+        ["--roi_size", "[48,48,48]", "--epochs", "6", "--crops_per_scan", "16", "--val_interval", "3"],
     ),
     "hippocampus": (
         "hippocampus",
@@ -67,7 +67,7 @@ def main() -> None:
         print(f"{model}: see {output / 'train.log'}", flush=True)
         options = [
             *("--dataset_dir", str(lists), "--output_dir", str(output), "--pretrained", str(args.encoder.resolve())),
-            *("--max_val_scans", "6", *options, *args.options),
+            *("--max_val_scans", "5", *options, *args.options),
         ]
         bundle("training", "train", [overlay] if overlay else [], options, output / "train.log")
         target = ROOT / "bundle" / "models" / place

@@ -107,9 +107,11 @@ def test_a_network_overfits_one_batch_of_detail():
 
 
 def test_autocast_inferer_runs_in_bfloat16_only_when_asked():
-    layer = torch.nn.Linear(4, 4)
-    assert AutocastInferer(True)(torch.rand(1, 4), layer).dtype == torch.bfloat16
-    assert AutocastInferer(False)(torch.rand(1, 4), layer).dtype == torch.float32
+    layer, within = torch.nn.Linear(4, 4), []
+    layer.register_forward_hook(lambda module, args, output: within.append(output.dtype))
+    for enabled in (True, False, "false"):
+        assert AutocastInferer(enabled)(torch.rand(1, 4), layer).dtype == torch.float32  # for losses and metrics
+    assert within == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_only_matrices_decay():

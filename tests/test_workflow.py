@@ -109,7 +109,7 @@ def test_what_a_run_leaves_behind(trained):
 
 def test_it_learns_from_a_dicom_series_alone(scans, tmp_path):
     settings = {"epochs": 10, "image_size": [48, 48, 48], "crops_per_scan": 64, "learning_rate": 0.001}
-    done = run(scans / "dicom", tmp_path / "out", tmp_path, val_interval=10, **settings)
+    done = run(scans / "images" / "demo_04", tmp_path / "out", tmp_path, val_interval=10, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     last = history(tmp_path / "out")[-1]
     assert float(last["masked_error"]) < float(last["mean_prediction_error"])

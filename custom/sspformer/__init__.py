@@ -1,7 +1,7 @@
 """SSPFormer for MONAI: self-supervised pretraining of a transformer on MRI, and what a MONAI bundle needs of it.
 
 The parts, by what they know: ``kspace`` (Fourier conventions, physical frequency), ``transforms`` (masking and noise),
-``networks``, ``losses``; ``pretraining``, ``finetuning``, ``restoration``, ``evaluation``, ``inference`` and ``handlers``
+``networks``, ``losses``; ``pretraining``, ``finetuning``, ``restoration``, ``evaluation``, ``inference``, ``handlers``
 (the tie into MONAI's engines); ``visualize``, ``data`` (scans on disk), ``demo``.
 """
 

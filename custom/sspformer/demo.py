@@ -25,7 +25,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 __all__ = ["LABELS", "make_demo_dataset"]
 
-VERSION = 1  # raise it when the images made from the same seed change
+VERSION = 2  # raise it when the images made from the same seed change
 MARKER = "demo.json"
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2, "cerebrospinal fluid": 3}
 STATEMENT = "variations of one averaged brain; not real subjects; not to learn from"
@@ -77,7 +77,7 @@ PROTOCOLS = (
 def make_demo_dataset(output_dir: str | os.PathLike, n_subjects: int = 12, seed: int = 0) -> str:
     """Build the demonstration dataset, or reuse the one that is there.
 
-    The folder then holds ``images/demo_01.nii.gz`` and so on, the last subject as a DICOM series in ``dicom/demo_NN/``
+    The folder then holds ``images/demo_01.nii.gz`` and so on, the last subject as a DICOM series in ``images/demo_NN/``
     instead, the tissue maps of all subjects in ``labels/demo_NN.nii.gz`` (see ``LABELS``) on their images' grids, and
     ``demo.json``, which says what this is and lists the files. The same arguments give the same bytes. The folder
     appears complete or not at all, so several processes may ask for it at once.
@@ -192,7 +192,7 @@ def _write_subject(folder: Path, name: str, template: tuple, index: int, seed: i
     image, labels = _scan(template, protocol, affine, shape, np.random.default_rng([seed, index]))
     _write_nifti(folder / "labels" / f"{name}.nii.gz", labels, affine)
     if as_dicom:
-        _write_dicom(folder / "dicom" / name, name, image, affine, seed)
+        _write_dicom(folder / "images" / name, name, image, affine, seed)
     else:
         _write_nifti(folder / "images" / f"{name}.nii.gz", image, affine)
 

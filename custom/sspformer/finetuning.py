@@ -3,33 +3,19 @@ first layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .data import LoadScand
 
-__all__ = ["class_weights", "first_process_first", "is_null", "layer_decay_groups"]
-
-Result = TypeVar("Result")
+__all__ = ["class_weights", "is_null", "layer_decay_groups"]
 
 
 def is_null(value) -> bool:
     """Whether an entry of a config means "none": None, or the words that a command line has for it."""
     return value is None or str(value).strip().lower() in ("", "none", "null", "false")
-
-
-def first_process_first(function: Callable[[], Result]) -> Result:
-    """Call a function that changes files in the first process, and then in the others, which find them changed."""
-    if dist.get_rank() > 0:
-        dist.barrier()
-    result = function()
-    if dist.get_rank() == 0:
-        dist.barrier()
-    return result
 
 
 def layer_decay_groups(

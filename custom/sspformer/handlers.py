@@ -3,6 +3,7 @@ pictures and curves."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
@@ -38,7 +40,6 @@ __all__ = [
     "Validation",
     "errors_last",
     "find_checkpoint",
-    "quiet_unless_first",
     "save_atomically",
     "save_network",
 ]
@@ -56,7 +57,7 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
 
 
 class SeedEpoch:
-    """Start every random source anew at each epoch, from the seed and the epoch's number.
+    """Start every random source anew at each epoch, from the seed, the epoch's number and the process's.
 
     What an epoch draws then depends on nothing before it, so a run that was killed and resumed at an epoch's start
     draws what an unkilled one draws.
@@ -76,7 +77,8 @@ class SeedEpoch:
     def __call__(self, engine: Engine) -> None:
         seed = self.seed
         if not self.same_every_epoch:
-            seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
+            seeds = np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(idist.get_world_size())
+            seed = int(seeds[idist.get_rank()])
             torch.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
@@ -162,7 +164,8 @@ class SaveCheckpoint:
 
     def __call__(self, engine: Engine) -> None:
         objects = {**self.save_dict, "trainer": engine}
-        save_atomically({name: obj.state_dict() for name, obj in objects.items()}, self.path)
+        # without a parallel wrapper, so that one process can go on from what several wrote, and the other way round
+        save_atomically({name: getattr(obj, "module", obj).state_dict() for name, obj in objects.items()}, self.path)
 
 
 class SaveEncoder:
@@ -394,13 +397,6 @@ def errors_last() -> None:
     sys.excepthook = hook
 
 
-def quiet_unless_first() -> None:
-    """Of several processes, let the first one alone report what goes as it should."""
-    if torch.distributed.get_rank() > 0:
-        logging.getLogger().setLevel(logging.WARNING)
-        logger.setLevel(logging.WARNING)
-
-
 def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str | None:
     """The checkpoint to resume from, or None to start afresh; writes ``settings`` beside it for the next time.
 
@@ -427,7 +423,7 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
             )
         logger.info(f"going on from {path}; pass --resume false to start afresh")
         return path
-    if os.path.isfile(path):
+    with contextlib.suppress(FileNotFoundError):  # there is none, or another process of this run has renamed it
         os.replace(path, record.with_name(record.stem + "_previous.pt"))
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=4) + "\n")

@@ -311,6 +311,10 @@ class InferenceEvaluator(SupervisedEvaluator):
     The output of such a scan is ``{"reason": ...}``. Batches hold one scan each.
     """
 
+    def run(self) -> None:
+        if len(self.data_loader):  # of an empty one MONAI warns, but here it is a batch that is complete
+            super().run()
+
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> Any:
         if "reason" in batchdata:
             return {"reason": batchdata["reason"][0]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import itertools
+import json
 import logging
 import os
 import random
@@ -44,7 +45,8 @@ def prepare_datalist(
         dataset_dir: a folder, searched recursively for NIfTI files and DICOM series; a single file; or an MSD-style
             datalist (JSON with "training" and perhaps "validation", which then is the split), or the folder that holds
             it as dataset.json. The scans of a list "test", or of a folder's imagesTs/, are left out.
-        output_dir: gets `scans.csv`, a row a file, and `scan_check.json`, which spares unchanged files another reading.
+        output_dir: gets `scans.csv`, a row a file; `scan_check.json`, which spares unchanged files another reading; and
+            `datalist.json`, the split, to be a `dataset_dir` itself.
         val_fraction: fraction of the subjects for validation, in [0, 1); at least one subject unless it is 0. A single
             subject serves for both, with a warning.
         seed: of the split, which is the same for the same subjects.
@@ -89,6 +91,7 @@ def prepare_datalist(
             f"nothing to train on in {dataset_dir}: all its usable scans are for validation or testing; move some to "
             'its list "training" or its imagesTr/.'
         )
+    keep_datalist(data, output_dir)
     return data
 
 
@@ -179,6 +182,19 @@ def _prepare(
             f"and MR DICOM series, and found {summary}"
         )
     return usable
+
+
+def keep_datalist(splits: dict[str, list[dict]], output_dir: str | os.PathLike | None) -> None:
+    """Writes the split to `datalist.json`, a `dataset_dir` for later runs: what was held out of one stays so."""
+    if output_dir is None:
+        return
+    listed, kept = {}, set()
+    for split in reversed(splits):  # a single subject serves for training and validation; a file is listed once
+        items = {str(item["image"]): item for item in splits[split] if str(item["image"]) not in kept}
+        kept |= set(items)
+        keys = ("image", "label", "subject")
+        listed[split] = [{key: item[key] for key in keys if key in item} for item in items.values()]
+    (Path(output_dir) / "datalist.json").write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def existing(dataset_dir: str | os.PathLike) -> Path:

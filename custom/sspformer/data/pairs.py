@@ -17,6 +17,7 @@ from .checking import Cache, check_dicom, check_label, check_nifti, in_threads
 from .datalist import (
     COLUMNS,
     existing,
+    keep_datalist,
     match_subjects,
     name_scans,
     refuse,
@@ -112,7 +113,9 @@ def prepare_pairs(
     if not data["training"]:
         raise ValueError(f'nothing to train on in {dataset_dir}: its list "training" is missing or empty.')
     _warn_of_labels(data["training"], allowed)
-    return {split: [_item(pair) for pair in chosen] for split, chosen in data.items()}
+    items = {split: [_item(pair) for pair in chosen] for split, chosen in data.items()}
+    keep_datalist(items, output_dir)
+    return items
 
 
 def prepare_test_data(
