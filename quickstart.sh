@@ -7,11 +7,11 @@ PRETRAIN=(
   --crops_per_scan "\$max(1, round(96 / len(@datalist['training'])))"
 )
 SEGMENT=(
-  --epochs 6 --val_interval 3 --max_val_scans 2 --roi_size "[64,64,64]"
+  --epochs 6 --val_interval 3 --max_val_scans 2
   --crops_per_scan "\$max(1, round(48 / len(@datalist['training'])))"
 )
 DENOISE=(
-  --epochs 6 --val_interval 3 --max_val_scans 2 --roi_size "[48,48,48]"
+  --epochs 6 --val_interval 3 --max_val_scans 2
   --crops_per_scan "\$max(1, round(80 / len(@datalist['training'])))"
 )
 
@@ -124,10 +124,8 @@ for task in "${tasks[@]}"; do
       --network_def#out_channels "$((${#structures[@]} + 1))"
     )
     budget=("${SEGMENT[@]}")
-    sides="[64,64,64]"
   else
     budget=("${DENOISE[@]}")
-    sides="[48,48,48]"
   fi
   where="$output_dir/$task"
   say "Fine-tuning for $task"
@@ -135,10 +133,10 @@ for task in "${tasks[@]}"; do
     --pretrained "$encoder_path" "${budget[@]}" ${of_task[@]+"${of_task[@]}"}
   say "Scoring $task on the scans that were held out"
   bundle evaluating "$(configs evaluate)" --dataset_dir "$where/datalist.json" --output_dir "$where/evaluation" \
-    --weights "$where/models/model.pt" --roi_size "$sides" --max_pictures 1 ${of_task[@]+"${of_task[@]}"}
+    --weights "$where/models/model.pt" --max_pictures 1 ${of_task[@]+"${of_task[@]}"}
   say "Running $task on one scan, as you would on a new one"
   bundle inference "$(configs inference)" --dataset_dir "$("$python" -c "$held_out" "$where/datalist.json")" \
-    --output_dir "$where/inference" --weights "$where/models/model.pt" --roi_size "$sides" --pictures true \
+    --output_dir "$where/inference" --weights "$where/models/model.pt" --pictures true \
     --overwrite true ${of_task[@]+"${of_task[@]}"}
 done
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TASKS = {
     "brain_structures": {
         "overlays": [],
-        "options": ["--roi_size", "[64,64,64]", "--batch_size", "2"],
+        "options": ["--batch_size", "2"],
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
     },
     "hippocampus": {
@@ -126,7 +126,6 @@ def main() -> None:
                         options = [
                             *("--dataset_dir", str(lists), "--weights", str(output / "models" / "model.pt")),
                             *("--output_dir", str(output / "evaluation"), "--max_pictures", "2"),
-                            *(setup["options"][:2] if "--roi_size" in setup["options"] else []),
                         ]
                         bundle("evaluating", "evaluate", setup["overlays"], options, output / "evaluate.log")
                     with scores.open(newline="") as file:

@@ -20,17 +20,17 @@ MODELS = {
     "brain_structures": (
         None,
         "model.pt",
-        ["--roi_size", "[64,64,64]", "--epochs", "18", "--crops_per_scan", "2", "--val_interval", "3"],
+        ["--epochs", "18", "--crops_per_scan", "2", "--val_interval", "3"],
     ),
     "denoising": (
         "denoising",
         "denoising/model.pt",
-        ["--roi_size", "[48,48,48]", "--epochs", "8", "--val_interval", "4"],
+        ["--epochs", "8", "--val_interval", "4"],
     ),
     "super_resolution": (
         "super_resolution",
         "super_resolution/model.pt",
-        ["--roi_size", "[48,48,48]", "--epochs", "6", "--crops_per_scan", "16", "--val_interval", "3"],
+        ["--epochs", "6", "--crops_per_scan", "16", "--val_interval", "3"],
     ),
     "hippocampus": (
         "hippocampus",
