@@ -22,7 +22,8 @@ Contenders:
   coefficients), which is far closer than dipy's own: at 5 % 0.049 to 0.055 for 0.05, dipy's 0.085 to 0.12.
 
 A row a scan, level and method: PSNR and SSIM over the region and over the foreground (brighter than the scan's mean),
-seconds, and the bias (mean difference from the clean image) in air and in the foreground. Clean scans have noise of their own, which a denoiser is punished for removing: all figures are bounded by it.
+seconds, and the bias (mean difference from the clean image) in air and in the foreground. Clean scans have noise of
+their own, which a denoiser is punished for removing: all figures are bounded by it.
 ``denoising_summary.csv`` has means and 95 % intervals over subjects. The script says on which scans ours is below the
 input at the lowest level.
 """

@@ -124,6 +124,7 @@ def train(output, dataset, *overlays, at_epoch_end=None, **overrides):
     workflow = ConfigWorkflow(
         config_file=configs(*overlays),
         run_id="training",
+        logging_file=False,  # pytest's own goes on
         **{**SETTINGS, "bundle_root": str(BUNDLE), "dataset_dir": str(dataset), "output_dir": str(output), **overrides},
     )
     workflow.initialize()

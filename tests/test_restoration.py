@@ -237,24 +237,23 @@ def test_overlays_set_what_all_three_configs_can_take(task, workflow):
     assert not any("norm" in name for name, _ in network.stem.named_parameters())
 
 
-@pytest.mark.parametrize("task", ["denoising", "super_resolution"])
-def test_a_network_learns_to_restore_one_batch(task):
+@pytest.mark.parametrize("task, n_steps", [("denoising", 12), ("super_resolution", 30)])
+def test_a_network_learns_to_restore_one_batch(task, n_steps):
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / f"configs/{name}.json") for name in ("train", task)])
     parser["bundle_root"] = str(BUNDLE)
     prepare, loss = (parser.get_parsed_content(name) for name in ("prepare_batch", "loss_function"))
     torch.manual_seed(0)
     network = parser.get_parsed_content("network_def")
-    network.encoder.requires_grad_(False)  # for speed
     side = 16 + 2 * prepare.margin
     x = torch.linspace(-1, 1, side)
     bright = (
         x[:, None, None] ** 2 + x[:, None] ** 2 + x**2 < 0.5 * torch.tensor([1.0, 0.6])[:, None, None, None]
     ).float()
     degraded, target, _, _ = prepare.set_random_state(0)({"image": bright[:, None]}, "cpu")
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     gains = []
-    for _ in range(25):
+    for _ in range(n_steps):
         error = loss(network(degraded), target)
         optimizer.zero_grad()
         error.backward()

@@ -35,8 +35,9 @@ class SSPFormerDense(nn.Module):
         size: preset of the encoder, see :data:`sspformer.networks.SIZES`.
         features: channels of the convolutions on the full grid; doubled at each halving.
         residual: the head's output is added to the image, and is 0 before training: restoration starts from its input.
-        norm: of the convolutions, as :class:`monai.networks.blocks.Convolution` takes it; None for restoration, where
-            the level of the noise must not be normalised away.
+        norm: of the convolutions, as :class:`monai.networks.blocks.Convolution` takes it. Its ``eps`` is larger than
+            usual, or the noise of a window full of air would be blown up to look like anatomy. None for restoration,
+            where the level of the noise must not be normalised away.
         depths: the blocks (1 is the first) whose tokens the decoder sees; None: a third, two thirds and all of them.
         dim, depth, num_heads: of the encoder, in place of the preset's.
 
@@ -54,7 +55,7 @@ class SSPFormerDense(nn.Module):
         size: str = "tiny",
         features: int = 16,
         residual: bool = False,
-        norm: str | tuple | None = ("instance", {"affine": True}),
+        norm: str | tuple | None = ("instance", {"affine": True, "eps": 1e-3}),
         depths: Sequence[int] | None = None,
         dim: int | None = None,
         depth: int | None = None,
