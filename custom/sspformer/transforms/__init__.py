@@ -25,6 +25,7 @@ from .noise import (
     frequency_weighted_noise,
     noise_weight,
 )
+from .stripping import RandSkullStripd
 
 __all__ = [
     "MaskIndices",
@@ -37,6 +38,7 @@ __all__ = [
     "RandInverseFrequencyMaskd",
     "RandReducedResolution",
     "RandReducedResolutiond",
+    "RandSkullStripd",
     "ResolutionSampler",
     "draw_mask",
     "frequency_weighted_noise",

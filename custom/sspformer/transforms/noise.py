@@ -95,6 +95,7 @@ def frequency_weighted_noise(
     motion: PhysiologicalMotion | None = None,
     eps0: float = 0.1,
     generator: torch.Generator | None = None,
+    intensity_range: float | None = None,
 ) -> Tensor:
     r"""Magnitude image of a k-space with thermal noise and physiological motion.
 
@@ -105,20 +106,22 @@ def frequency_weighted_noise(
 
     Args:
         image: magnitude images ``(B, C, *S)``, not negative: the noise belongs before z-scoring. Runs on its device.
-        sigma: standard deviation in the image domain as a fraction of the intensity range (maximum less minimum) of
-            each channel of each sample, a number or ``(B,)``; independent of ``alpha``. None: no thermal noise.
+        sigma: standard deviation in the image domain as a fraction of the intensity range, a number or ``(B,)``;
+            independent of ``alpha``. None: no thermal noise.
         alpha: exponent of the noise weight, a number or ``(B,)``.
         spacing: voxel spacing in mm, ``(len(S),)`` or ``(B, len(S))``; None: 1 mm.
         motion: physiological motion, or None.
         eps0: see :func:`noise_weight`.
         generator: source of the noise, on the image's device.
+        intensity_range: of the whole scan, where the image is a crop of it; None: maximum less minimum of each channel
+            of each sample.
 
     Returns:
         ``(B, C, *S)``, not negative, float32.
     """
     image = image.float()
     spacing = kspace.as_spacing(spacing, image)
-    noise = None if sigma is None else _thermal_noise(image, sigma, alpha, spacing, eps0, generator)
+    noise = None if sigma is None else _thermal_noise(image, sigma, alpha, spacing, eps0, generator, intensity_range)
     if motion is None:  # the transform is linear: the image itself need not go to k-space
         if noise is None:
             return image.abs()
@@ -136,11 +139,13 @@ def _thermal_noise(
     spacing: Tensor,
     eps0: float,
     generator: torch.Generator | None,
+    intensity_range: float | None,
 ) -> Tensor:
     """The term ``sigma w(rho) eps`` of :func:`frequency_weighted_noise`, complex, ``(B, C, *S)``."""
     weight = noise_weight(kspace.radial_frequency(image, spacing), alpha, eps0)
-    dims = tuple(range(2, image.ndim))
-    intensity_range = image.amax(dim=dims, keepdim=True) - image.amin(dim=dims, keepdim=True)  # (B, C, 1...)
+    if intensity_range is None:
+        dims = tuple(range(2, image.ndim))
+        intensity_range = image.amax(dim=dims, keepdim=True) - image.amin(dim=dims, keepdim=True)  # (B, C, 1...)
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))
 
     noise = torch.randn(*image.shape, 2, generator=generator, device=image.device)
@@ -168,6 +173,8 @@ class NoiseSampler:
         heartbeat: peak displacement by the heartbeat (0.9 to 1.6 Hz), mm.
         modulation: relative modulation of the signal, 0 to 1; half of it by each of the two.
         repetition_time: time between two phase-encode lines, s.
+        intensity_range: see :func:`frequency_weighted_noise`.
+        log_sigma: draw the logarithm of ``sigma`` uniformly: as many weak as strong noises.
 
     Raises:
         ValueError: if a range is not ordered or leaves what is physical.
@@ -186,7 +193,11 @@ class NoiseSampler:
         heartbeat: float | tuple[float, float] = (0.0, 0.3),
         modulation: float | tuple[float, float] = (0.0, 0.1),
         repetition_time: float | tuple[float, float] = (0.3, 2.0),
+        intensity_range: float | None = None,
+        log_sigma: bool = False,
     ) -> None:
+        if log_sigma and min(np.atleast_1d(sigma)) <= 0:
+            raise ValueError(f"log_sigma needs sigma above 0, got {sigma}.")
         if not 0 <= motion_prob <= 1:
             raise ValueError(f"motion_prob must be in [0, 1], got {motion_prob}.")
         if eps0 <= 0:
@@ -199,6 +210,8 @@ class NoiseSampler:
         self.heartbeat = _range("heartbeat", heartbeat, 0, 100)
         self.modulation = _range("modulation", modulation, 0, 1)
         self.repetition_time = _range("repetition_time", repetition_time, 0, 60)
+        self.intensity_range = intensity_range
+        self.log_sigma = log_sigma
 
     def __call__(
         self,
@@ -244,13 +257,19 @@ class NoiseSampler:
             )
         return frequency_weighted_noise(
             image,
-            sigma=_uniform(self.sigma, n, **draw) if self.sigma[1] > 0 else None,
+            sigma=self._draw_sigma(n, **draw) if self.sigma[1] > 0 else None,
             alpha=_uniform(self.alpha, n, **draw),
             spacing=spacing,
             motion=motion,
             eps0=self.eps0,
             generator=generator,
+            intensity_range=self.intensity_range,
         )
+
+    def _draw_sigma(self, n: int, **draw) -> Tensor:
+        if not self.log_sigma:
+            return _uniform(self.sigma, n, **draw)
+        return _uniform((math.log(self.sigma[0]), math.log(self.sigma[1])), n, **draw).exp()
 
 
 def _range(name: str, value: float | Sequence[float], low: float, high: float) -> tuple[float, float]:
