@@ -457,3 +457,19 @@ def test_inside_compose():
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
     assert not torch.equal(first, second)
     assert not torch.equal(first, noisy(1)[0])
+
+
+def test_on_a_crop_sigma_is_a_fraction_of_the_whole_scans_range():
+    crop = torch.full((1, 1, 32, 32, 32), 0.5)
+    noisy = frequency_weighted_noise(crop, 0.02, generator=torch.Generator().manual_seed(0), intensity_range=1.0)
+    assert abs(float((noisy - crop).std()) - 0.02) < 1e-3
+    assert torch.equal(frequency_weighted_noise(crop, 0.02), crop)  # of its own range, which is 0
+
+
+def test_log_sigma_draws_weak_and_strong_noise_alike():
+    sampler = NoiseSampler(sigma=(0.001, 0.1), motion_prob=0.0, log_sigma=True, intensity_range=1.0)
+    sigma = sampler._draw_sigma(4000, generator=torch.Generator().manual_seed(0), device="cpu")
+    assert sigma.min() >= 0.001 and sigma.max() <= 0.1
+    assert abs(float((sigma < 0.01).float().mean()) - 0.5) < 0.03
+    with pytest.raises(ValueError, match="log_sigma needs sigma above 0"):
+        NoiseSampler(sigma=(0.0, 0.1), log_sigma=True)
