@@ -125,7 +125,8 @@ def main() -> None:
                     if not scores.is_file():
                         options = [
                             *("--dataset_dir", str(lists), "--weights", str(output / "models" / "model.pt")),
-                            *("--output_dir", str(output / "evaluation"), "--max_pictures", "2"),
+                            *("--output_dir", str(output / "evaluation"), "--max_pictures", "1"),
+                            *("--additional_metrics", "{}"),  # Dice alone
                         ]
                         bundle("evaluating", "evaluate", setup["overlays"], options, output / "evaluate.log")
                     with scores.open(newline="") as file:
@@ -141,7 +142,7 @@ def main() -> None:
                                 }
                             )
     write_csv(RESULTS / "finetuning.csv", rows)
-    summary = summarise(rows)
+    summary = summarise([row for row in rows if row["structure"] == "mean"])
     write_csv(RESULTS / "finetuning_summary.csv", [{**row, **facts()} for row in summary])
     print_table(list(summary[0]), [list(row.values()) for row in summary])
 
