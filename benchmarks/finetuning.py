@@ -26,11 +26,13 @@ TASKS = {
     "brain_structures": {
         "overlays": [],
         "options": ["--batch_size", "2"],
+        "steps": 200,
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
         "options": ["--batch_size", "4"],
+        "steps": 120,
         "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
     },
 }
@@ -44,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--labels", nargs="+", default=["10", "all"], help="labelled training subjects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--starts", nargs="+", default=["pretrained", "scratch"], choices=["pretrained", "scratch"])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="default: 200 for brain structures, 120 for the hippocampus")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "finetuning")
     return parser.parse_args()
 
@@ -110,7 +112,7 @@ def main() -> None:
                     batch = int(setup["options"][setup["options"].index("--batch_size") + 1])
                     crops = max(1, round(50 * batch / n_labels))  # an epoch of about 50 steps, or of one crop a subject
                     steps_an_epoch = -(-n_labels * crops // batch)
-                    epochs = max(1, round(args.steps / steps_an_epoch))
+                    epochs = max(1, round((args.steps or setup["steps"]) / steps_an_epoch))
                     options = [
                         *("--dataset_dir", str(lists), "--seed", str(seed)),
                         *("--pretrained", str(args.encoder) if start == "pretrained" else "null"),

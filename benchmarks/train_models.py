@@ -44,8 +44,8 @@ MODELS = {
     "super_resolution": (
         "super_resolution",
         "super_resolution/model.pt",
-        "denoising",
-        ["--epochs", "14", "--crops_per_scan", "16", "--val_interval", "7"],
+        None,
+        ["--epochs", "14", "--crops_per_scan", "16", "--val_interval", "7", "--learning_rate", "0.001"],
     ),
 }
 

@@ -163,7 +163,7 @@ def trained(pairs, encoder, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "out"
     done = run(pairs, output, pretrained=encoder, **LONG)
     assert done.returncode == 0, done.stdout + done.stderr
-    return output, done.stdout
+    return output, done.stdout + done.stderr
 
 
 def test_it_learns_the_structures(trained):
@@ -182,6 +182,7 @@ def test_what_a_run_leaves_behind(trained):
         assert (output / name).stat().st_size > 100, name
     assert list((output / "tensorboard").glob("events.*")) and not list((output / "models").glob("*.part"))
     assert "tensors of the encoder, from" in log and "encoder.pt" in log
+    assert "Corrupt cache" not in log  # each scan is preprocessed once
 
 
 def test_killed_and_resumed_equals_unkilled(trained, pairs, encoder, tmp_path):
@@ -266,7 +267,7 @@ def test_classes_weigh_by_the_root_of_their_frequency(tmp_path):
     np.testing.assert_allclose(found / found[0], (counts / counts[0]) ** -0.5, rtol=1e-6)
     np.testing.assert_allclose(found @ counts / counts.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(class_weights(items, 3, power=0), 1, rtol=1e-6)
-    np.testing.assert_allclose(class_weights(items, 3, power=1) * counts * 3, counts.sum(), rtol=1e-6)
+    np.testing.assert_allclose(class_weights(items, 3, power=1).numpy() * counts * 3, counts.sum(), rtol=1e-6)
     missing = class_weights(items[:1], 4)
     np.testing.assert_allclose(missing[3] / missing[2], 10, rtol=1e-5)  # as if it had one voxel
 
@@ -328,12 +329,19 @@ def test_freezing_refuses_a_negative_number():
 # --- restoration
 
 
-@pytest.mark.parametrize("task", ["denoising", "super_resolution"])
-def test_the_overlays_of_restoration_learn_to_gain(task, pairs, tmp_path):
+@pytest.mark.parametrize(
+    "task, overrides",
+    [
+        # weak noise takes longer to gain from
+        ("denoising", {"degradation#sigma": [0.05, 0.15], "val_degradation#sigma": [0.05, 0.15]}),
+        ("super_resolution", {"margin": 4}),
+    ],
+)
+def test_the_overlays_of_restoration_learn_to_gain(task, overrides, pairs, tmp_path):
     output = tmp_path / "out"
-    settings = {**LONG, "epochs": 8, "crops_per_scan": 6, "val_interval": 8, "margin": 4}
+    settings = {**LONG, "epochs": 8, "crops_per_scan": 6, "val_interval": 8, **overrides}
     train(output, pairs / "images", f"{task}.json", pretrained=None, **settings)
     loss = column(output, "train_loss")  # minus the gain in dB; some draws have little to gain
-    assert loss[0] > -0.2 and np.mean(loss[-3:]) < -0.4
+    assert np.mean(loss[-3:]) < min(loss[0], -0.3)
     assert column(output, "psnr")[-1] > column(output, "psnr_of_input")[-1]
     assert (output / "models/model.pt").is_file() and (output / "pictures/epoch_0008.png").is_file()

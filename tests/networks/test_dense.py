@@ -6,7 +6,7 @@ from monai.losses import DiceCELoss
 
 from sspformer.finetuning import is_null, layer_decay_groups
 from sspformer.networks import SSPFormerDense
-from sspformer.networks.dense import halvings
+from sspformer.networks.dense import halvings, noise_level
 
 TOY = {"dim": 48, "depth": 2, "num_heads": 2, "features": 8}
 
@@ -117,3 +117,25 @@ def test_learning_rates_fall_towards_the_first_layers():
 @pytest.mark.parametrize("value, null", [(None, True), ("null", True), ("None", True), ("encoder.pt", False)])
 def test_words_for_none(value, null):
     assert is_null(value) is null
+
+
+def test_the_noise_level_is_that_of_white_noise_and_of_little_else():
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.linspace(0, 1, 32)[:, None, None] * torch.linspace(0, 1, 32)[:, None] * torch.ones(32)
+    for sigma in (0.01, 0.1):
+        noisy = smooth + sigma * torch.randn(2, 1, 32, 32, 32, generator=generator)
+        level = noise_level(noisy)
+        assert level.shape == (2, 1, 1, 1, 1)
+        torch.testing.assert_close(level, torch.full_like(level, sigma), rtol=0.05, atol=0)
+    assert float(noise_level(smooth[None, None])) < 1e-3
+    assert noise_level(torch.rand(1, 1, 5, 1)).shape == (1, 1, 1, 1)  # odd sides, and a single slice
+
+
+def test_a_noise_scaled_residual_is_in_units_of_the_noise():
+    network = toy(out_channels=1, residual=True, noise_scaled=True)
+    torch.nn.init.ones_(network.head.bias)
+    image = torch.rand(1, 1, 16, 16, 16)
+    torch.testing.assert_close(network(image), image + noise_level(image))
+    assert torch.equal(network(torch.full((1, 1, 16, 16, 16), 0.5)), torch.full((1, 1, 16, 16, 16), 0.5))
+    with pytest.raises(ValueError, match="needs residual=True"):
+        toy(noise_scaled=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,8 @@ class SSPFormerDense(nn.Module):
         size: preset of the encoder, see :data:`sspformer.networks.SIZES`.
         features: channels of the convolutions on the full grid; doubled at each halving.
         residual: the head's output is added to the image, and is 0 before training: restoration starts from its input.
+        noise_scaled: that output is in units of the image's noise, see :func:`noise_level`, for denoising: weak noise
+            then asks for no smaller numbers than strong noise, and a clean image is hardly touched.
         norm: of the convolutions, as :class:`monai.networks.blocks.Convolution` takes it. Its ``eps`` is larger than
             usual, or the noise of a window full of air would be blown up to look like anatomy. None for restoration,
             where the level of the noise must not be normalised away.
@@ -55,6 +58,7 @@ class SSPFormerDense(nn.Module):
         size: str = "tiny",
         features: int = 16,
         residual: bool = False,
+        noise_scaled: bool = False,
         norm: str | tuple | None = ("instance", {"affine": True, "eps": 1e-3}),
         depths: Sequence[int] | None = None,
         dim: int | None = None,
@@ -67,7 +71,9 @@ class SSPFormerDense(nn.Module):
                 f"a residual network gives back the channels it gets: in_channels {in_channels} and out_channels "
                 f"{out_channels} must be equal."
             )
-        self.residual = residual
+        if noise_scaled and not residual:
+            raise ValueError("noise_scaled scales the residual: it needs residual=True.")
+        self.residual, self.noise_scaled = residual, noise_scaled
         self.encoder = SSPFormerEncoder(spatial_dims, in_channels, patch_size, size, dim, depth, num_heads)
         strides = halvings(self.encoder.patch_size)
         n_blocks = len(self.encoder.blocks)
@@ -103,6 +109,9 @@ class SSPFormerDense(nn.Module):
             self.upsample.append(transposed(wide, narrow, kernel_size=strides[level], stride=strides[level]))
             self.fuse.append(convolution(2 * narrow, narrow))
         self.head = (nn.Conv3d if spatial_dims == 3 else nn.Conv2d)(channels[0], out_channels, kernel_size=1)
+        for module in (*self.stem.modules(), *self.fuse.modules()):
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):  # PyTorch's own start shrinks what no norm scales up again
+                nn.init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu")
         if residual:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -114,6 +123,8 @@ class SSPFormerDense(nn.Module):
         detail = self.forward_stem(padded)
         out = self.forward_decoder(tokens, detail)
         out = out[(..., *(slice(side) for side in image.shape[2:]))]
+        if self.noise_scaled:
+            out = out * noise_level(image)
         return image + out if self.residual else out
 
     def forward_encoder(self, image: Tensor) -> Tensor:
@@ -135,6 +146,22 @@ class SSPFormerDense(nn.Module):
         for upsample, fuse, fine in zip(self.upsample, self.fuse, reversed(detail)):
             tokens = fuse(torch.cat([upsample(tokens), fine], dim=1))
         return self.head(tokens)
+
+
+def noise_level(image: Tensor) -> Tensor:
+    """Standard deviation of white noise that explains the finest details of each image ``(B, C, *S)``, one for each
+    channel ``(B, C, 1, ...)``: mean absolute diagonal coefficient of the Haar wavelet, which holds little anatomy.
+
+    After Donoho and Johnstone (Biometrika 81:425, 1994), with the mean in place of the median: air that was set to 0
+    must not make it 0.
+    """
+    detail = image.float()
+    for axis in range(2, image.ndim):
+        if detail.shape[axis] > 1:
+            pairs = detail.unfold(axis, 2, 2)
+            detail = (pairs[..., 0] - pairs[..., 1]) / math.sqrt(2)
+    dims = tuple(range(2, image.ndim))
+    return detail.abs().mean(dim=dims, keepdim=True) * math.sqrt(math.pi / 2)
 
 
 def halvings(patch_size: Sequence[int]) -> list[tuple[int, ...]]:
