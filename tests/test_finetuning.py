@@ -169,7 +169,7 @@ def trained(pairs, encoder, tmp_path_factory):
 def test_it_learns_the_structures(trained):
     output, _ = trained
     assert len(history(output)) == LONG["epochs"]
-    dice, loss = column(output, "mean_dice"), column(output, "train_loss")
+    dice, loss = column(output, "dice"), column(output, "train_loss")
     assert len(dice) == LONG["epochs"] // LONG["val_interval"] and max(dice) > 0.7 and loss[-1] < 0.5 * loss[0]
     rate = column(output, "learning_rate")
     assert rate[0] == max(rate) and rate[-1] < 1e-3 * max(rate)
@@ -245,7 +245,7 @@ def test_two_processes_train_one_network_and_one_process_goes_on(pairs, encoder,
     log = stopped(2, signal.SIGTERM, pairs, output, "multi_gpu_train.json", launcher=launcher, **settings)
     assert log.count("epoch 1/4: ") == 1, log  # one process reports
     row = history(output)[0]
-    assert row["iteration"] == "2" and float(row["mean_dice"]) >= 0  # 4 subjects, 2 crops each, in 2 batches of 2 on 2
+    assert row["iteration"] == "2" and float(row["dice"]) >= 0  # 4 subjects, 2 crops each, in 2 batches of 2 on 2
     network = SSPFormerDense(out_channels=3, features=8, **ENCODER)
     network.load_state_dict(weights(output))  # without the wrapper's "module."
     network.load_state_dict(weights(output, "checkpoint.pt")["network"])
@@ -291,7 +291,7 @@ def test_what_a_command_line_says_for_none(value, expected):
     assert is_null(value) is expected
 
 
-def validation(values, handler, key="mean_dice"):
+def validation(values, handler, key="dice"):
     """An evaluator that finds these values, one a run, of a network whose weight is the number of the run."""
     evaluator = Engine(lambda engine, batch: None)
     evaluator.state.key_metric_name, evaluator.state.metrics = key, {}

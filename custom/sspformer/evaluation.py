@@ -306,7 +306,10 @@ def _table(summary: Sequence[Mapping[str, Any]]) -> str:
 
 def class_names(bundle_root: str | os.PathLike) -> list[str]:
     """Names of the labels from 1 on, as ``configs/metadata.json`` gives the channels of the network's output."""
-    metadata = json.loads((Path(bundle_root) / "configs" / "metadata.json").read_text())
+    path = Path(bundle_root) / "configs" / "metadata.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: start in the bundle's folder, or say where it is with --bundle_root.")
+    metadata = json.loads(path.read_text())
     channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     return [channels[str(i)] for i in range(1, len(channels))]
 

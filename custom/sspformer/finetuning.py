@@ -10,7 +10,27 @@ from torch import Tensor, nn
 
 from .data import LoadScand
 
-__all__ = ["class_weights", "is_null", "layer_decay_groups"]
+__all__ = ["check_settings", "class_weights", "is_null", "layer_decay_groups"]
+
+
+def check_settings(
+    task: str,
+    spatial_dims: int,
+    roi_size: Sequence[int],
+    spacing: Sequence[float],
+    class_names: Sequence[str],
+    out_channels: int,
+) -> None:
+    """Raise where entries of a config do not fit each other, before any data are read."""
+    for name, value in {"roi_size": roi_size, "spacing": spacing}.items():
+        if not isinstance(value, Sequence) or len(value) != spatial_dims:
+            raise ValueError(f"{name} needs one number for each of {spatial_dims} axes, got {value}.")
+    if task == "segmentation" and len(class_names) + 1 != out_channels:
+        raise ValueError(
+            f"class_names has {len(class_names)} names, {len(class_names) + 1} channels with the background, but the "
+            f"network has {out_channels}: set --network_def#out_channels {len(class_names) + 1}, or name the label "
+            "values 1, 2, ... with --class_names."
+        )
 
 
 def is_null(value) -> bool:
