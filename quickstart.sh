@@ -109,10 +109,16 @@ bundle training bundle/configs/pretrain.json --dataset_dir "$dataset_dir" --outp
 tasks=(denoising)
 [[ -z "$labels" ]] || tasks=(segmentation denoising)
 # shellcheck disable=SC2016
-held_out='import json, os, sys
-lists = json.load(open(sys.argv[1]))
-image = (lists["validation"] or lists["training"])[0]["image"]
-print(image if isinstance(image, str) else os.path.dirname(image[0]))'
+held_out='import json, sys
+from sspformer.data import find_inputs
+datalist, one = sys.argv[1:]
+lists = json.load(open(datalist))
+for item in lists["validation"] + lists["training"]:
+    with open(one, "w") as file:
+        json.dump({"test": [item]}, file)
+    if "image" in find_inputs(one)[0]:  # it has a reason instead if it is 4D
+        print(one)
+        break'
 for task in "${tasks[@]}"; do
   of_task=()
   configs() { echo "['bundle/configs/$1.json','bundle/configs/$task.json']"; }
@@ -134,13 +140,18 @@ for task in "${tasks[@]}"; do
   say "Scoring $task on the scans that were held out"
   bundle evaluating "$(configs evaluate)" --dataset_dir "$where/datalist.json" --output_dir "$where/evaluation" \
     --weights "$where/models/model.pt" --max_pictures 1 ${of_task[@]+"${of_task[@]}"}
+  one_scan="$("$python" -c "$held_out" "$where/datalist.json" "$where/one_scan.json")"
+  if [[ -z "$one_scan" ]]; then
+    say "No scan is 3D: $task is not run on a new one, split 4D files into volumes for that"
+    continue
+  fi
   say "Running $task on one scan, as you would on a new one"
-  bundle inference "$(configs inference)" --dataset_dir "$("$python" -c "$held_out" "$where/datalist.json")" \
+  bundle inference "$(configs inference)" --dataset_dir "$one_scan" \
     --output_dir "$where/inference" --weights "$where/models/model.pt" --pictures true \
     --overwrite true ${of_task[@]+"${of_task[@]}"}
 done
 
-panel="$("$python" scripts/quickstart_panel.py "$output_dir")"
+panel="$("$python" scripts/quickstart_panel.py "$output_dir" "${tasks[@]}")"
 cat << DONE
 
 Done. The results are in $output_dir:

@@ -26,13 +26,13 @@ TASKS = {
     "brain_structures": {
         "overlays": [],
         "options": ["--batch_size", "2"],
-        "steps": 200,
+        "steps": 100,
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
         "options": ["--batch_size", "4"],
-        "steps": 120,
+        "steps": 60,
         "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
     },
 }
@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--labels", nargs="+", default=["10", "all"], help="labelled training subjects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--starts", nargs="+", default=["pretrained", "scratch"], choices=["pretrained", "scratch"])
-    parser.add_argument("--steps", type=int, help="default: 200 for brain structures, 120 for the hippocampus")
+    parser.add_argument("--steps", type=int, help="default: 100 for brain structures, 60 for the hippocampus")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "finetuning")
     return parser.parse_args()
 

@@ -1,30 +1,39 @@
 """One picture of what a run of quickstart.sh did: a held-out scan hidden and redrawn, its tissues, and denoised.
 
-    python scripts/quickstart_panel.py OUTPUT_DIR
+    python scripts/quickstart_panel.py OUTPUT_DIR segmentation denoising
 
-Reads the pictures that the steps left in OUTPUT_DIR and sets them one below the other in OUTPUT_DIR/quickstart.png.
+Reads the pictures that the pretraining and the tasks named left in OUTPUT_DIR and sets them one below the other in
+OUTPUT_DIR/quickstart.png.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
 from matplotlib.figure import Figure
 
-#: folder of the step, its pictures, title
-STEPS = [
-    ("pretrain", "pictures/epoch_*.png", "Pretraining: hidden patches of held-out scans, redrawn"),
-    ("segmentation/evaluation", "pictures/*.png", "Segmentation of a held-out scan: truth and prediction"),
-    ("denoising/evaluation", "pictures/*.png", "Denoising of a held-out scan"),
-]
+#: step: its pictures, title
+STEPS = {
+    "pretrain": ("pretrain/pictures/epoch_*.png", "Pretraining: hidden patches of held-out scans, redrawn"),
+    "segmentation": (
+        "segmentation/evaluation/pictures/*.png",
+        "Segmentation of a held-out scan: truth and prediction",
+    ),
+    "denoising": ("denoising/evaluation/pictures/*.png", "Denoising of a held-out scan"),
+}
+TASKS = list(STEPS)[1:]
 
 
-def main(output_dir: Path) -> None:
+def main(output_dir: Path, tasks: Sequence[str]) -> None:
     shown = []
-    for folder, pattern, title in STEPS:
-        pictures = sorted((output_dir / folder).glob(pattern))
+    for step in ("pretrain", *tasks):
+        pattern, title = STEPS[step]
+        # the newest: the folder may have others, of a run on other scans
+        pictures = sorted(output_dir.glob(pattern), key=lambda picture: (picture.stat().st_mtime, picture.name))
         if pictures:
             shown.append((title, matplotlib.image.imread(pictures[-1])))
     if not shown:
@@ -42,6 +51,7 @@ def main(output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", type=Path, help="of quickstart.sh")
+    parser.add_argument("tasks", nargs="*", default=TASKS, help=f"of this run (default: {' '.join(TASKS)})")
+    main(**vars(parser.parse_args()))

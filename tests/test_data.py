@@ -284,8 +284,21 @@ def test_a_datalist_file_keeps_its_split(tmp_path):
     file.write_text(json.dumps({"training": ["imagesTr/a7.nii.gz", "imagesTr/b7.nii.gz", "gone.nii.gz"]}))
     assert "gone.nii.gz: no such file" in refused(file)
     assert len(prepare_datalist(file, skip_unreadable=True)["validation"]) == 1
+    file.write_text(json.dumps({"training": ["imagesTr/a7.nii.gz", "imagesTr/b7.nii.gz"], "validation": []}))
+    assert [len(items) for items in prepare_datalist(file).values()] == [2, 0]
     file.write_text("[1, 2]")
     assert '"training"' in refused(file)
+
+
+def test_a_scan_that_is_written_anew_is_of_another_version(tmp_path):
+    nifti(tmp_path / "a7.nii.gz")
+    dicom_series(tmp_path / "dicom")
+    (first, slices), (same, _) = (prepare_datalist(tmp_path, val_fraction=0)["training"] for _ in range(2))
+    assert first == same
+    nifti(tmp_path / "a7.nii.gz", voxels(seed=1))
+    os.utime(slices["image"][-1], ns=(0, 0))
+    for old, new in zip((first, slices), prepare_datalist(tmp_path, val_fraction=0)["training"], strict=True):
+        assert old | {"version": new["version"]} == new and old["version"] != new["version"]
 
 
 def test_test_scans_are_evaluated_and_never_trained_on(tmp_path, caplog):
@@ -367,11 +380,12 @@ def test_unchanged_scans_are_not_read_again(tmp_path, monkeypatch, caplog):
     assert prepare_datalist(folder, out) == first and not reads
     nifti(folder / "p2.nii.gz", voxels(seed=5))
     os.utime(folder / "p2.nii.gz", (1, 1))
-    assert prepare_datalist(folder, out) == first and reads == ["p2.nii.gz"]
+    second = prepare_datalist(folder, out)
+    assert second != first and reads == ["p2.nii.gz"]
     assert "too small" in refused(folder, output_dir=out, min_size=11)  # the question is part of the key
     (out / "scan_check.json").write_text("{ not json")
     reads.clear()
-    assert prepare_datalist(folder, out) == first and len(reads) == 2 + 1 + SHAPE[2]
+    assert prepare_datalist(folder, out) == second and len(reads) == 2 + 1 + SHAPE[2]
     assert "corrupt" in caplog.text
 
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
-from monai.metrics import PSNRMetric, compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import PSNRMetric, SSIMMetric, compute_hausdorff_distance, compute_surface_dice
 from monai.networks import one_hot
 from monai.transforms import Orientation
 
 from sspformer.evaluation import (
+    FittedSSIM,
     ForegroundPSNR,
     ForegroundSSIM,
     HausdorffDistance95,
@@ -85,6 +86,17 @@ def test_errors_in_air_do_not_count_over_the_foreground():
     torch.testing.assert_close(ForegroundPSNR()([everywhere], [clean]), torch.tensor([[20.0]]))
     blurred = torch.nn.functional.avg_pool3d(clean, 3, 1, 1)
     assert ForegroundSSIM(win_size=5)([blurred], [clean]) < 0.9
+
+
+@pytest.mark.parametrize("n_slices", [1, 4, 7, 12])
+def test_the_window_of_ssim_fits_a_thin_slab(n_slices):
+    clean = torch.rand(1, 1, 20, 24, n_slices, generator=torch.Generator().manual_seed(0))
+    worse = (clean + 0.3 * clean.flip(2)).clamp(max=1)
+    window = {1: 1, 4: 3}.get(n_slices, 7)
+    expected = SSIMMetric(3, win_size=(7, 7, window))(worse, clean)
+    torch.testing.assert_close(FittedSSIM(win_size=7)(worse, clean), expected)
+    for metric in (FittedSSIM(win_size=7), ForegroundSSIM(win_size=7)):
+        assert metric(clean, clean).item() == pytest.approx(1) and 0 < metric(worse, clean).item() < 0.95
 
 
 def test_the_confidence_interval_covers_the_mean_as_often_as_it_says():
@@ -197,6 +209,8 @@ def evaluate(tmp_path, *overlays, **overrides):
         "num_workers": 0,
         "roi_size": [16, 16, 16],
         "amp": False,
+        "bundle_root": CONFIGS.parent,
+        "initialize": [],  # it looks at the head of our network
         "output_dir": tmp_path / "out",
     }
     files = [str(CONFIGS / name) for name in ("evaluate.json", *overlays)]
@@ -251,12 +265,16 @@ def test_segmentation_is_scored_on_the_labels_own_grid(tmp_path):
     assert "p3" in (tmp_path / "out/scans.csv").read_text()
 
 
-def test_restoration_is_scored_beside_its_input(tmp_path):
+def write_scans(folder, n_slices):
     rng = np.random.default_rng(0)
-    (tmp_path / "data").mkdir()
-    for i in range(2):
-        image = (ellipsoids(3) * 300 + rng.random((36, 30, 22))).astype(np.float32)
-        nib.save(nib.Nifti1Image(image, np.diag([1.0, 1, 1.5, 1])), tmp_path / f"data/p{i}.nii.gz")
+    folder.mkdir()
+    for i, n in enumerate(n_slices):
+        image = (ellipsoids(3, (36, 30, n)) * 300 + rng.random((36, 30, n))).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, np.diag([1.0, 1, 1.5, 1])), folder / f"p{i}.nii.gz")
+
+
+def test_restoration_is_scored_beside_its_input(tmp_path):
+    write_scans(tmp_path / "data", (22, 22))
     kernel = torch.full((1, 1, 3, 3, 3), 0.5 / 26)
     kernel[..., 1, 1, 1] = 0.5
     torch.save({"weight": kernel, "bias": torch.zeros(1)}, tmp_path / "model.pt")
@@ -271,11 +289,32 @@ def test_restoration_is_scored_beside_its_input(tmp_path):
     )
     assert [row["name"] for row in rows] == ["p0", "p1"] and report["task"] == "denoising"
     for row in rows:
+        assert float(row["sigma"]) == pytest.approx(0.15)
         assert float(row["psnr"]) > float(row["psnr_of_input"])
         gain = float(row["psnr"]) - float(row["psnr_of_input"])
         assert float(row["psnr_gain"]) == pytest.approx(gain, abs=2e-3)
     assert "ssim_gain" in [row["metric"] for row in summary]
     assert sorted(path.name for path in (tmp_path / "out/pictures").iterdir()) == ["p0.png", "p1.png"]
+
+
+def test_thin_slabs_are_scored_and_the_factors_said(tmp_path):
+    write_scans(tmp_path / "data", (5, 22, 2))
+    torch.save({"weight": torch.ones(1, 1, 1, 1, 1)}, tmp_path / "model.pt")
+    conv = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 1, "bias": False}
+    rows, summary, report = evaluate(
+        tmp_path,
+        "super_resolution.json",
+        dataset_dir=tmp_path / "data",
+        weights=tmp_path / "model.pt",
+        network_def=conv,
+    )
+    assert report["subjects"] == 3 and "sigma" not in rows[0]
+    gains = [float(row[name]) for row in rows for name in ("psnr_gain", "ssim_gain", "ssim_foreground_gain")]
+    assert np.abs(gains).max() < 1e-3  # the network gives back its input
+    assert next(row["n"] for row in summary if row["metric"] == "ssim_foreground") == "3"
+    factors = [[float(factor) for factor in row["factor"].split("x")] for row in rows]
+    assert all(len(axes) == 3 and 2 <= max(axes) <= 4 and len(set(axes) - {1.0}) == 1 for axes in factors)
+    assert len({max(axes) for axes in factors}) == 3
 
 
 def test_class_names_are_those_of_the_metadata():

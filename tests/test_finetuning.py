@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data import DataLoader, Dataset
+from monai.transforms import Compose
 
+from sspformer.data import LoadScand, prepare_datalist
 from sspformer.finetuning import class_weights, is_null, layer_decay_groups
-from sspformer.handlers import FreezeEncoder, SaveBestModel
+from sspformer.handlers import FreezeEncoder, SaveBestModel, errors_last
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
@@ -319,6 +322,43 @@ def test_the_best_model_is_kept_not_the_last_also_over_a_resume(tmp_path):
     assert saved() == 1
     validation([0.7, 0.6, 0.9], resumed)
     assert saved() == 2 and resumed.best == 0.9
+
+
+def failing_loader(num_workers):
+    data = Dataset([{"image": "gone.nii.gz"}], Compose([LoadScand("image")]))
+    return list(DataLoader(data, num_workers=num_workers))
+
+
+def failing_config(path):
+    network = f"$sspformer.networks.load_pretrained(sspformer.networks.SSPFormerEncoder(), '{path}')"
+    config = {"imports": ["$import sspformer"], "optimizer": {"_target_": "torch.optim.SGD", "params": network}}
+    ConfigParser(config).get_parsed_content("optimizer")
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "fail, said",
+    [
+        (failing_config, "error: {path} is damaged or holds more than weights"),
+        (prepare_datalist, "error: the datalist {path} is not valid JSON"),
+        (lambda path: failing_loader(0), "error: cannot read the scan gone.nii.gz: no such file"),
+        (lambda path: failing_loader(1), "error: cannot read the scan gone.nii.gz: no such file"),
+        (lambda path: interrupted(), None),
+    ],
+)
+def test_an_error_ends_with_what_to_do(fail, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.json").write_text("{")
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    errors_last()
+    try:
+        fail(tmp_path / "bad.json")
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(said.format(path=tmp_path / "bad.json")) if said else not lines
 
 
 def test_freezing_refuses_a_negative_number():

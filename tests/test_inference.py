@@ -20,6 +20,7 @@ from scipy.ndimage import affine_transform
 from torch import nn
 
 from sspformer import inference, kspace
+from sspformer.data import find_inputs
 from sspformer.demo import _write_dicom
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
@@ -65,7 +66,8 @@ def write(folder, name, voxels, affine, qform=1, sform=1, kind=nib.Nifti1Image):
 
 @pytest.fixture
 def threshold(tmp_path):
-    """Weights of a 1x1x1 convolution with which class 1 wins where the image is above 0.5."""
+    """A 1x1x1 convolution with which class 1 wins where the image is above 0.5; of names of its own, so nothing that
+    suits the bundle's structures alone is on."""
     network = nn.Conv3d(1, 2, 1)
     network.load_state_dict(
         {"weight": torch.tensor([0.0, 2.0]).reshape(2, 1, 1, 1, 1), "bias": torch.tensor([0.0, -1])}
@@ -74,6 +76,7 @@ def threshold(tmp_path):
     return {
         "network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1},
         "weights": str(tmp_path / "threshold.pt"),
+        "class_names": ["bright"],
     }
 
 
@@ -87,7 +90,8 @@ def gain(folder, factor=1.0):
 def infer(scans, output, *overlays, **overrides):
     """The workflow as configured, in this process."""
     configs = [CONFIG, *(str(BUNDLE / "configs" / name) for name in overlays)]
-    settings = {"dataset_dir": str(scans), "output_dir": str(output), "device": "cpu", "amp": False, **overrides}
+    settings = {"bundle_root": str(BUNDLE), "dataset_dir": str(scans), "output_dir": str(output), **overrides}
+    settings = {"device": "cpu", "amp": False, **settings}
     workflow = ConfigWorkflow(
         config_file=configs, run_id="inference", workflow_type="inference", logging_file=False, **settings
     )
@@ -251,7 +255,7 @@ def test_a_bad_file_is_reported_and_a_second_run_goes_on_where_the_first_stopped
     whole = (scans / "a.nii.gz").read_bytes()
     (scans / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SystemExit, match="1 of 3 scans failed:\n.*b.nii.gz.*truncated"):
-        infer(scans, out, pictures=True, bundle_root=str(BUNDLE), class_names=["bright"], **threshold)
+        infer(scans, out, pictures=True, **threshold)
     assert {name: row["status"] for name, row in report(out).items()} == {"a": "written", "b": "failed", "c": "written"}
     assert (out / "pictures/a_seg.png").stat().st_size > 1000
 
@@ -265,10 +269,67 @@ def test_a_bad_file_is_reported_and_a_second_run_goes_on_where_the_first_stopped
     infer(scans, out, **threshold)  # nothing is left to do
     infer(scans, out, overwrite=True, **threshold)
     assert (out / "a_seg.nii.gz").stat().st_mtime_ns > before
-    later = (out / "c_seg.nii.gz").stat().st_mtime + 1
-    os.utime(threshold["weights"], (later, later))  # another model: its predictions are not those that are there
+    os.utime(threshold["weights"], (1, 1))  # another model: its predictions are not those that are there
     infer(scans, out, **threshold)
     assert {row["status"] for row in report(out).values()} == {"written"}
+
+
+def test_an_output_counts_as_done_only_for_the_same_scan_and_options(tmp_path, threshold):
+    voxels = (1000 * phantom()).astype(np.int16)
+    for subject in ("sub1", "sub2"):
+        (tmp_path / subject).mkdir()
+        write(tmp_path / subject, "T1", voxels, np.diag([2.0, 2, 2, 1]))
+    out, picture = tmp_path / "out", tmp_path / "out/pictures/T1_seg.png"
+
+    def status(subject="sub1", **options):
+        infer(tmp_path / subject / "T1.nii.gz", out, **{**threshold, **options})
+        last = (out / "T1_seg.nii.gz").stat().st_mtime_ns
+        is_new, status.last = last != status.last, last
+        return is_new
+
+    status.last = 0
+    assert status() and not status()
+    with pytest.raises(SystemExit, match=r"T1_seg.nii.gz is there already, made from .*sub1.T1.nii.gz: give another"):
+        status("sub2")
+    assert report(out)["T1"]["status"] == "failed" and not status()
+    assert status(largest_component=True) and not status(largest_component="true") and status()
+    assert status(pictures=True) and picture.is_file() and not status(pictures=True) and not status()
+    write(tmp_path / "sub1", "T1", voxels // 2, np.diag([2.0, 2, 2, 1]))  # another scan of that name
+    assert status()
+    assert status(pictures=True)  # that of the scan before is no picture of this one
+    assert status("sub2", overwrite=True) and not status("sub2")
+
+
+def test_names_are_shown_only_of_a_network_with_as_many_classes_and_a_failing_picture_costs_nothing(
+    tmp_path, threshold, monkeypatch, caplog
+):
+    seen = []
+
+    def panel(samples, class_names):
+        seen.append((class_names, samples[0]["image"].shape, samples[0]["pred"]))
+        raise OSError("disk full")
+
+    monkeypatch.setattr(inference, "segmentation_panel", panel)
+    voxels = (1000 * (phantom() > 0.3)).astype(np.int16)
+    write(tmp_path / "scans", "a", voxels, scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2), (11, -7, 23)))
+    for names in (["bright"], ["bright", "dark"]):
+        infer(tmp_path / "scans", tmp_path / "out", pictures=True, **{**threshold, "class_names": names})
+        assert report(tmp_path / "out")["a"]["status"] == "written"
+    assert [names for names, *_ in seen] == [["bright"], None] and "no picture of a: disk full" in caplog.text
+    _, shape, drawn = seen[0]
+    written = np.asarray(nib.load(tmp_path / "out/a_seg.nii.gz").dataobj)
+    assert shape == (1, *SHAPE) and np.array_equal(drawn[0], written) and written.any()  # on the file's grid
+
+
+def test_pictures_of_restoration_show_before_and_after_on_the_scale_of_the_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(inference, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
+    write(tmp_path / "scans", "a", (1000 * phantom()).astype(np.int16), scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2)))
+    for overlay in ("denoising.json", "super_resolution.json"):
+        infer(tmp_path / "scans", tmp_path / "out", overlay, pictures=True, **gain(tmp_path, 1.5))
+        before, after = seen[-1]["image"], seen[-1]["pred"]
+        assert torch.allclose(1.5 * before.as_tensor(), after.as_tensor(), atol=0.1) and before.max() > 900
+        assert torch.equal(before.affine, after.affine)
 
 
 def test_weights_that_do_not_fit_are_refused_before_the_first_scan(tmp_path, threshold):
@@ -277,9 +338,48 @@ def test_weights_that_do_not_fit_are_refused_before_the_first_scan(tmp_path, thr
         infer(tmp_path / "scans", tmp_path / "out", **{**threshold, "network_def": gain(tmp_path)["network_def"]})
     with pytest.raises(FileNotFoundError, match="nowhere.pt: train"):
         infer(tmp_path / "scans", tmp_path / "out", **{**threshold, "weights": "nowhere.pt"})
+    with pytest.raises(ValueError, match="data_consistency true is for super-resolution"):
+        infer(tmp_path / "scans", tmp_path / "out", "denoising.json", data_consistency="true", **gain(tmp_path))
     (tmp_path / "bad.pt").write_bytes(b"PK no weights")
     with pytest.raises(ValueError, match="bad.pt is damaged"):
         infer(tmp_path / "scans", tmp_path / "out", **{**threshold, "weights": str(tmp_path / "bad.pt")})
+
+
+def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diverged_training(tmp_path):
+    def network(*overlays, **options):
+        parser = ConfigParser()
+        parser.read_config([CONFIG, *(str(BUNDLE / "configs" / name) for name in overlays)])
+        parser.config["network_def"].update({"dim": 24, "depth": 3, "num_heads": 2, "features": 4, **options})
+        return parser.get_parsed_content("network_def")
+
+    path, own = tmp_path / "model.pt", network()
+    torch.save({"network": own.half().state_dict(), "epoch": 3}, path)
+    other = network()
+    inference.LoadWeights(other, path)()
+    assert all(torch.equal(value, own.state_dict()[name].to(value)) for name, value in other.state_dict().items())
+    with pytest.raises(ValueError, match=r"18 output.*network 4: .*#out_channels 18 and --class_names .* 17 labels"):
+        inference.LoadWeights(network(out_channels=4), path)()
+    tasks = ["denoising.json", "super_resolution.json"]
+    for task, wrong in (tasks, tasks[::-1]):
+        torch.save(network(task).state_dict(), path)
+        inference.LoadWeights(network(task), path)()
+        with pytest.raises(ValueError, match="are of another model: .*Add the overlay"):
+            inference.LoadWeights(network(wrong), path)()
+    torch.nn.init.constant_(own.head.bias, float("nan"))
+    torch.save(own.state_dict(), path)
+    with pytest.raises(ValueError, match="NaN or infinite in 1 tensors, such as head.bias"):
+        inference.LoadWeights(other, path)()
+
+
+def test_one_scan_of_a_datalist(tmp_path):
+    affine = np.diag([2.0, 2, 2, 1])
+    for name in ("a", "b"):
+        _write_dicom(tmp_path / "series" / name, name, (1000 * phantom()).astype(np.uint16), affine, seed=ord(name))
+    items = find_inputs(tmp_path / "series")
+    assert len(items) == 2
+    (tmp_path / "one.json").write_text(json.dumps({"test": [{"image": items[1]["image"]}]}))
+    (item,) = find_inputs(tmp_path / "one.json")
+    assert item["image"] == items[1]["image"]
 
 
 def test_windows_blend_to_the_whole_and_scores_are_float32():

@@ -8,10 +8,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import PersistentDataset
+from monai.data.utils import pickle_hashing
+from monai.transforms import Compose
 from test_data import PHI, dicom_series, oblique_affine
 
 from sspformer import data
 from sspformer.data import LoadScand, find_inputs, prepare_pairs, prepare_test_data
+from sspformer.pretraining import KeepAffined
 
 SHAPE = (12, 10, 9)
 AFFINE = np.array([[0, 0, 2.0, -9], [-1.5, 0.1, 0, 5], [0.1, 1.5, 0, 3], [0, 0, 0, 1]])  # oblique, axes P-S-R
@@ -62,6 +66,23 @@ def refused(dataset_dir, *args, **options):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_a_corrected_file_is_not_taken_from_the_cache(part, tmp_path):
+    folder(tmp_path / "set")
+
+    def cached():
+        items = prepare_pairs(tmp_path / "set", tmp_path / "out", val_fraction=0)["training"]
+        keep = Compose([LoadScand(["image", "label"]), KeepAffined(["image", "label"])])
+        options = {"hash_transform": pickle_hashing, "track_meta": True}
+        dataset = PersistentDataset(items, keep, tmp_path / "cache", **options)
+        return {item["name"]: item[part.removesuffix("s")].max().item() for item in dataset}
+
+    first = cached()
+    assert cached() == first and len(list((tmp_path / "cache").iterdir())) == 4
+    label(tmp_path / "set" / part / "p2.nii.gz", (0, 3, 5))
+    assert cached() == first | {"p2": 5} and len(list((tmp_path / "cache").iterdir())) == 5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What users bring
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +94,7 @@ def test_a_folder_of_images_and_labels(tmp_path):
     assert [len(found[split]) for split in ("training", "validation", "test")] == [3, 1, 0]
     assert json.loads(json.dumps(found)) == found
     for item in found["training"] + found["validation"]:
-        assert set(item) == {"image", "label", "subject", "name"} and item["name"] == item["subject"]
+        assert set(item) == {"image", "label", "subject", "name", "version"} and item["name"] == item["subject"]
         loaded = LoadScand(["image", "label"])(item)
         truth = nib.load(tmp_path / "set" / "labels" / f"{item['name']}.nii.gz")
         assert torch.equal(torch.as_tensor(loaded["label"])[0], torch.from_numpy(truth.get_fdata()).float())
@@ -91,7 +112,7 @@ def test_folders_of_nnunet_with_its_test_split_and_class_names(tmp_path):
     assert [len(items) for items in found.values()] == [2, 1, 1]
     assert found["test"][0]["subject"] == "p_004" and found["test"][0]["name"] == "p_004_0000"
     label(tmp_path / "labelsTr" / "p_002.nii.gz", (0, 3))
-    assert "labelsTr/p_002.nii.gz has unknown values 3 (the classes are 0-2)" in refused(tmp_path)
+    assert "labelsTr/p_002.nii.gz has unknown values 3 (the classes are 0-2; " in refused(tmp_path)
     label(tmp_path / "labelsTr" / "p_002.nii.gz")
     image(tmp_path / "imagesTr" / "p_002_0001.nii.gz")
     assert "p_002_0001.nii.gz: a further channel" in refused(tmp_path)
@@ -105,6 +126,12 @@ def test_the_lists_of_a_dataset_json_are_the_split(tmp_path):
         found = prepare_pairs(path, val_fraction=0.5, seed=1)
         assert [names(items) for items in found.values()] == [{"p1", "p4"}, {"p2"}, {"p3"}]
         assert {item["subject"] for item in found["training"]} == {"p1", "x"}
+
+
+def test_an_empty_list_validation_means_none(tmp_path):
+    folder(tmp_path)
+    dataset_json(tmp_path, training=[pair(f"p{i}") for i in (1, 2, 3, 4)], validation=[])
+    assert [len(items) for items in prepare_pairs(tmp_path, val_fraction=0.5).values()] == [4, 0, 0]
 
 
 def test_validation_is_drawn_from_training_only(tmp_path):
@@ -183,7 +210,8 @@ def test_all_mismatches_are_listed_at_once(tmp_path, caplog):
         "labels/shifted.nii.gz has another affine: it lies up to 3 mm off the image\n",
         "labels/flipped.nii.gz has another affine: it lies up to 32 mm off the image, and its axes are PSL, the "
         "image's PSR",
-        "labels/values.nii.gz has unknown values 7-9, 255 (the classes are 0-2)",
+        "labels/values.nii.gz has unknown values 7-9, 255 (the classes are 0-2; others need --class_names and "
+        "--network_def#out_channels)",
         "labels/negative.nii.gz has unknown values -1 (",
         "labels/fraction.nii.gz: its values are not integers (such as 0.5)",
         "labels/4d.nii.gz: 4D (shape 12x10x9x3)",

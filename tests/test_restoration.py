@@ -194,13 +194,20 @@ def test_a_spacing_is_met_as_nearly_as_the_field_of_view_allows_and_no_axis_gets
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({}, "give factor or target spacing"),
-        ({"factor": 2, "spacing": 1}, "give factor or target spacing"),
+        ({}, "give factor or target_spacing"),
+        ({"factor": 2, "spacing": 1}, "give factor or target_spacing"),
         ({"factor": [2, 0.5, 1]}, "factor must be 1 or more"),
-        ({"spacing": [1, 0, 1]}, "target spacing must be above 0"),
+        ({"spacing": [1, 0, 1]}, "target_spacing must be above 0"),
+        ({"factor": "abc"}, r"^factor must be a number, or three such as .*, got 'abc'"),
+        ({"factor": [2, 2]}, r"^factor must be a number, or three such as .*, got \[2, 2\]"),
+        ({"factor": 2, "spacing": "null"}, None),
+        ({"factor": "none", "spacing": float("nan")}, "^target_spacing must be a number"),
     ],
 )
 def test_wrong_factors_and_spacings(settings, message):
+    if message is None:  # as the command line says it
+        assert FourierResampled("image", **settings).factor == (2, 2, 2)
+        return
     with pytest.raises(ValueError, match=message):
         FourierResampled("image", **settings)
 

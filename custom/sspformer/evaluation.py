@@ -17,6 +17,8 @@ import torch
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
+from monai.handlers import from_engine
+from monai.handlers.ignite_metric import IgniteMetricHandler
 from monai.metrics import HausdorffDistanceMetric, PSNRMetric, SSIMMetric, SurfaceDiceMetric
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.networks import one_hot
@@ -28,6 +30,7 @@ from .visualize import figure_to_array, restoration_panel, segmentation_panel
 
 __all__ = [
     "EvaluationReport",
+    "FittedSSIM",
     "ForegroundPSNR",
     "ForegroundSSIM",
     "HausdorffDistance95",
@@ -36,6 +39,7 @@ __all__ = [
     "SurfaceDice",
     "bootstrap_interval",
     "class_names",
+    "restoration_metrics",
     "summarize",
 ]
 
@@ -122,8 +126,9 @@ class ForegroundPSNR(PSNRMetric):
         return torch.cat(scores)
 
 
-class ForegroundSSIM(SSIMMetric):
-    """MONAI's ``SSIMMetric``, its map averaged over the voxels that are brighter than the mean of the true image.
+class FittedSSIM(SSIMMetric):
+    """MONAI's ``SSIMMetric`` with a window that fits: along an axis with fewer voxels than ``win_size``, such as the
+    slices of a thin slab, it is as long as the largest odd number of them.
 
     Args:
         spatial_dims: 2 or 3.
@@ -134,15 +139,47 @@ class ForegroundSSIM(SSIMMetric):
     def __init__(self, spatial_dims: int = 3, data_range: float = 1.0, **kwargs) -> None:
         super().__init__(spatial_dims, data_range, **kwargs)
 
-    def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
-        window = {"kernel_type": self.kernel_type, "kernel_size": self.kernel_size, "kernel_sigma": self.kernel_sigma}
+    def ssim_map(self, y_pred: Tensor, y: Tensor) -> tuple[Tensor, list[int]]:
+        """A value for each place where the whole window fits, ``(B, C, *s)``, and the sides of the window."""
+        sides = [min(size, side - 1 + side % 2) for size, side in zip(self.kernel_size, y.shape[2:])]
+        window = {"kernel_type": self.kernel_type, "kernel_size": sides, "kernel_sigma": self.kernel_sigma}
         ssim, _ = compute_ssim_and_cs(
             y_pred, y, self.spatial_dims, data_range=self.data_range, k1=self.k1, k2=self.k2, **window
         )
-        # the map has a voxel for each place where the whole window fits
-        inner = (..., *(slice(size // 2, size // 2 + side) for size, side in zip(self.kernel_size, ssim.shape[2:])))
+        return ssim, sides
+
+    def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
+        return self.ssim_map(y_pred, y)[0].flatten(1).mean(dim=1, keepdim=True)
+
+
+class ForegroundSSIM(FittedSSIM):
+    """:class:`FittedSSIM`, its map averaged over the voxels that are brighter than the mean of the true image."""
+
+    def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
+        ssim, sides = self.ssim_map(y_pred, y)
+        inner = (..., *(slice(size // 2, size // 2 + side) for size, side in zip(sides, ssim.shape[2:])))
         inside = torch.stack([above_mean(image) for image in torch.as_tensor(y).as_subclass(Tensor)])[inner]
         return torch.stack([values[where].mean()[None] for values, where in zip(ssim, inside)])
+
+
+def restoration_metrics(spatial_dims: int = 3) -> dict[str, IgniteMetricHandler]:
+    """PSNR in dB and SSIM (window of 7 voxels) of ``pred`` and of the input, ``degraded``, against ``clean``, over the
+    whole scan and over its foreground; for an evaluator, whose key metric is the first, ``psnr``. Intensity range 1.
+
+    Args:
+        spatial_dims: 2 or 3.
+    """
+    metrics = {
+        "psnr": lambda: PSNRMetric(max_val=1.0),
+        "psnr_foreground": ForegroundPSNR,
+        "ssim": lambda: FittedSSIM(spatial_dims, win_size=7),
+        "ssim_foreground": lambda: ForegroundSSIM(spatial_dims, win_size=7),
+    }
+    return {
+        name + suffix: IgniteMetricHandler(make_metric(), output_transform=from_engine([key, "clean"]))
+        for name, make_metric in metrics.items()
+        for suffix, key in (("", "pred"), ("_of_input", "degraded"))
+    }
 
 
 class EvaluationReport:
@@ -150,7 +187,8 @@ class EvaluationReport:
 
     - ``metrics.csv``: a row a subject; of segmentation a row for each structure of each subject, and one for the mean
       over the structures that the true map has. A structure that is not there is left blank; one that was missed has
-      Dice 0 and an infinite Hausdorff distance.
+      Dice 0 and an infinite Hausdorff distance. Of restoration the row says what was drawn to degrade the scan:
+      ``sigma``, or ``factor`` along each axis of the network's input (RAS).
     - ``summary.csv`` and ``summary.json``: over subjects, n, mean, its 95 % confidence interval (bootstrap), standard
       deviation, median, and how many scores are infinite, which the other columns leave out.
 
@@ -180,9 +218,13 @@ class EvaluationReport:
 
     def reset(self, engine: Engine) -> None:
         self.names: list[str] = []
+        self.drawn: list[dict[str, Any]] = []
 
     def collect(self, engine: Engine) -> None:
-        self.names += _names(engine.state.batch)
+        names = _names(engine.state.batch)
+        self.names += names
+        drawn = getattr(engine.prepare_batch, "drawn", {})
+        self.drawn += [{key: _as_cell(values[i]) for key, values in drawn.items()} for i in range(len(names))]
 
     def __call__(self, engine: Engine) -> None:
         details = {name: scores.cpu().double().numpy() for name, scores in engine.state.metric_details.items()}
@@ -200,6 +242,7 @@ class EvaluationReport:
         rows = [
             {
                 "name": subject,
+                **self.drawn[i],
                 **{column: values[j] for column, values in key.items()},
                 **{name: scores[i, j] for name, scores in details.items()},
             }
@@ -276,6 +319,11 @@ def _cell(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return "" if np.isnan(value) else f"{value:.5g}"
+
+
+def _as_cell(value: Tensor) -> float | str:
+    """A number, or several as ``1x1x2.5``."""
+    return value.item() if value.ndim == 0 else "x".join(f"{number:.4g}" for number in value.tolist())
 
 
 def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:

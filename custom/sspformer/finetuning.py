@@ -19,13 +19,14 @@ def check_settings(
     roi_size: Sequence[int],
     spacing: Sequence[float],
     class_names: Sequence[str],
-    out_channels: int,
+    network: nn.Module,
 ) -> None:
     """Raise where entries of a config do not fit each other, before any data are read."""
     for name, value in {"roi_size": roi_size, "spacing": spacing}.items():
         if not isinstance(value, Sequence) or len(value) != spatial_dims:
             raise ValueError(f"{name} needs one number for each of {spatial_dims} axes, got {value}.")
-    if task == "segmentation" and len(class_names) + 1 != out_channels:
+    out_channels = getattr(getattr(network, "head", None), "out_channels", None)  # another network may have no head
+    if task == "segmentation" and out_channels not in (None, len(class_names) + 1):
         raise ValueError(
             f"class_names has {len(class_names)} names, {len(class_names) + 1} channels with the background, but the "
             f"network has {out_channels}: set --network_def#out_channels {len(class_names) + 1}, or name the label "

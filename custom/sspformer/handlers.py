@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -381,17 +382,26 @@ class ReconstructionPanel:
             self.writer.add_image("reconstruction", figure_to_array(figure), epoch, dataformats="HWC")
 
 
+#: how the messages of errors begin that MONAI raises from the one that tells what to do
+WRAPPERS = ("Failed to evaluate", "Failed to instantiate component", "applying transform", "'query key")
+
+
 def errors_last() -> None:
-    """Let Python end an error's traceback with its first cause: MONAI's config parser wraps it several times."""
+    """Let Python end an error's traceback with what tells the user what to do: MONAI wraps it several times."""
     if getattr(sys.excepthook, "errors_last", False):
         return
     before = sys.excepthook
 
     def hook(kind, error, trace) -> None:
         before(kind, error, trace)
-        while error.__cause__ is not None:
+        while error.__cause__ is not None and str(error).startswith(WRAPPERS):
             error = error.__cause__
-        print(f"\nerror: {error}", file=sys.stderr)
+        said = str(error)
+        if "Original Traceback" in said:  # of a DataLoader's worker: its errors arrive as text
+            lines = re.findall(r"^[\w.]+: (.+)", said, re.MULTILINE)
+            said = next((line for line in reversed(lines) if not line.startswith(WRAPPERS)), said)
+        if isinstance(error, Exception):  # and no KeyboardInterrupt
+            print(f"\nerror: {said}", file=sys.stderr)
 
     hook.errors_last = True
     sys.excepthook = hook

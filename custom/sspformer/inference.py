@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 import logging
 import os
 import time
@@ -20,10 +21,11 @@ from monai.config import KeysCollection
 from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SlidingWindowInferer
-from monai.transforms import MapTransform, SaveImaged, Spacingd
+from monai.transforms import MapTransform, ResampleToMatch, SaveImaged, Spacingd
 from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor
 
+from .data.checking import digest, stats, write_atomically
 from .data.naming import NIFTI_SUFFIX
 from .visualize import restoration_panel, segmentation_panel
 
@@ -40,6 +42,8 @@ __all__ = [
     "SavePictured",
     "argmax_on_grid",
     "output_path",
+    "picture_path",
+    "record_path",
     "save_like",
     "unfinished",
 ]
@@ -112,7 +116,7 @@ class InvertArgmaxd(MapTransform):
             affine, shape = image.meta["original_affine"], image.meta["spatial_shape"]
             scores = torch.as_tensor(d[key]).as_subclass(Tensor)
             labels = argmax_on_grid(scores, image.affine, [int(side) for side in shape], affine)
-            meta = {name: value for name, value in image.meta.items() if name != "affine"}
+            meta = {name: value for name, value in image.meta.items() if name != "affine"} | {"n_classes": len(scores)}
             d[key] = MetaTensor(labels[None], affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
         return d
 
@@ -240,31 +244,43 @@ def _rounded(voxels: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class SavePictured(MapTransform):
-    """A PNG a scan, on the network's grid: labels over the scan, or before and after; first of the postprocessing.
+    """A PNG a scan: labels over the scan, or before and after; last of the postprocessing, when the result is written.
+
+    One that cannot be drawn is a warning.
 
     Args:
-        keys: the prediction, one key.
+        keys: the prediction as it was written, one key.
         output_dir: gets ``pictures/<name>_<postfix of the task>.png``.
         task: "segmentation", "denoising" or "super_resolution".
-        class_names: of the structures without the background, or None.
+        class_names: of the structures without the background. None, or names that are not as many as the network's
+            classes: their numbers are shown.
     """
 
     def __init__(
         self, keys: KeysCollection, output_dir: str | Path, task: str, class_names: Sequence[str] | None = None
     ) -> None:
         super().__init__(keys)
-        self.directory, self.task, self.class_names = Path(output_dir) / "pictures", task, class_names
+        self.output_dir, self.task, self.class_names = output_dir, task, class_names
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
-            sample = {"image": data["image"], "pred": data[key], "name": data["name"]}
-            if self.task == "segmentation":
-                figure = segmentation_panel([sample], self.class_names)
-            else:
-                figure = restoration_panel([sample])
-            self.directory.mkdir(parents=True, exist_ok=True)
-            figure.savefig(self.directory / f"{data['name']}_{POSTFIX[self.task]}.png", dpi=100)
+            try:
+                self.draw(data["image"], data[key], data["name"])
+            except Exception as error:  # the result is there, and counts
+                logger.warning(f"no picture of {data['name']}: {_reason(error)}")
         return dict(data)
+
+    def draw(self, image: MetaTensor, pred: MetaTensor, name: str) -> None:
+        """Draws one scan, the image on the network's grid and the prediction on the file's."""
+        if self.task == "segmentation":
+            names = self.class_names if len(self.class_names or ()) + 1 == pred.meta.get("n_classes") else None
+            image = ResampleToMatch(mode="bilinear", padding_mode="border")(image, pred)
+            figure = segmentation_panel([{"image": image, "pred": pred, "name": name}], names)
+        else:
+            figure = restoration_panel([{"image": image, "pred": pred, "name": name}])
+        path = picture_path(name, self.output_dir, POSTFIX[self.task])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
 
 
 def output_path(name: str, output_dir: str | Path, postfix: str) -> Path:
@@ -272,20 +288,79 @@ def output_path(name: str, output_dir: str | Path, postfix: str) -> Path:
     return Path(output_dir) / f"{name}_{postfix}.nii.gz"
 
 
+def picture_path(name: str, output_dir: str | Path, postfix: str) -> Path:
+    """Where the picture of that prediction goes."""
+    return Path(output_dir) / "pictures" / f"{name}_{postfix}.png"
+
+
+def record_path(name: str, output_dir: str | Path, postfix: str) -> Path:
+    """Where it is written what that prediction was made from, see :func:`unfinished`."""
+    return Path(output_dir) / f"{name}_{postfix}.json"
+
+
 def unfinished(
     inputs: Sequence[Mapping[str, Any]],
     output_dir: str | Path,
     postfix: str,
     weights: str | Path,
+    options: Mapping[str, Any],
+    pictures: bool = False,
     overwrite: bool = False,
 ) -> list[Mapping[str, Any]]:
-    """The items that have no output newer than the weights, so that an interrupted batch goes on where it stopped; all
-    of them to ``overwrite``."""
-    if str2bool(overwrite):  # the command line gives "false" as a string
-        return list(inputs)
-    since = Path(weights).stat().st_mtime if Path(weights).is_file() else 0.0
-    outputs = [output_path(item["name"], output_dir, postfix) for item in inputs]
-    return [item for item, path in zip(inputs, outputs) if not (path.is_file() and path.stat().st_mtime >= since)]
+    """The items that are still to do, so that an interrupted batch goes on where it stopped.
+
+    An output counts as done if the record beside it says that it was made from the same file, weights and options.
+
+    Args:
+        inputs: items of :func:`sspformer.data.find_inputs`.
+        output_dir: of the outputs.
+        postfix: of the outputs.
+        weights: file of the network's weights.
+        options: whatever else shapes an output; compared as text.
+        pictures: each output needs a picture as well.
+        overwrite: all are to do.
+
+    Returns:
+        the items, each with its ``record`` (JSON); with a ``reason`` instead if another scan's output has its name.
+    """
+    pictures, overwrite = str2bool(pictures), str2bool(overwrite)  # the command line gives "false" as a string
+    to_do = []
+    for item in inputs:
+        if item.get("reason"):
+            to_do.append(item)
+            continue
+        record = _record(item["image"], weights, options)
+        where = (item["name"], output_dir, postfix)
+        output, picture, before = output_path(*where), picture_path(*where), record_path(*where)
+        written = before.read_text() if output.is_file() and before.is_file() else ""
+        source = json.loads(written)["source"] if written else ""
+        if overwrite or source in ("", json.loads(record)["source"]):
+            drawn = not pictures or (picture.is_file() and picture.stat().st_mtime_ns >= output.stat().st_mtime_ns)
+            if overwrite or written != record or not drawn:
+                to_do.append({**item, "record": record})
+        else:
+            reason = (
+                f"{output} is there already, made from {source}: give another output_dir, or replace it with "
+                "--overwrite true"
+            )
+            to_do.append({"name": item["name"], "source": item.get("source", ""), "reason": reason})
+    return to_do
+
+
+def _record(image: str | Sequence[str], weights: str | Path, options: Mapping[str, Any]) -> str:
+    """What an output is made from, as JSON; a series is named by its folder."""
+    is_series = not isinstance(image, (str, os.PathLike))
+    files = [Path(file).absolute() for file in (image if is_series else [image])]
+    pair = [file.with_suffix(".img") for file in files if file.suffix.lower() == ".hdr"]
+    model = Path(weights).absolute()
+    record = {
+        "source": str(files[0].parent if is_series else files[0]),
+        "source_version": digest(stats(files + pair)),
+        "weights": str(model),
+        "weights_version": digest(stats([model] if model.is_file() else [])),
+        "options": {name: str(value).lower() for name, value in options.items()},
+    }
+    return json.dumps(record, indent=1) + "\n"
 
 
 class InferenceDataset(Dataset):
@@ -332,7 +407,8 @@ def _reason(error: BaseException) -> str:
 
 
 class InferenceReport:
-    """Writes ``inference.csv``, a row a scan: name, status (written, already there, failed), seconds, reason, source.
+    """Writes ``inference.csv``, a row a scan: name, status (written, already there, failed), seconds, reason, source;
+    and beside each output the record of what it was made from, see :func:`unfinished`.
 
     Args:
         inputs: all items of :func:`sspformer.data.find_inputs`.
@@ -354,6 +430,9 @@ class InferenceReport:
 
     def start(self, engine: Engine, to_do: Sequence[Mapping[str, Any]]) -> None:
         names = {item["name"] for item in to_do}
+        self.records = {item["name"]: item["record"] for item in to_do if "record" in item}
+        for name in self.records:  # that of before must not vouch for what is written from now on
+            record_path(name, self.path.parent, self.postfix).unlink(missing_ok=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
             csv.DictWriter(file, self.COLUMNS).writeheader()
@@ -370,6 +449,8 @@ class InferenceReport:
         reason = output.get("reason", "") if isinstance(output, Mapping) else ""
         if reason:
             logger.warning(f"{self.sources.get(name) or name} failed: {reason}")
+        elif name in self.records:
+            write_atomically(record_path(name, self.path.parent, self.postfix), self.records[name])
         self.add(name, "failed" if reason else "written", round(time.perf_counter() - self.clock, 2), reason)
 
     def add(self, name: str, status: str, seconds: float | str = "", reason: str = "") -> None:
@@ -397,11 +478,12 @@ class LoadWeights:
 
     Args:
         network: to load into.
-        path: of its state dict, of any floating point type; read with ``weights_only``.
+        path: of its state dict, or of a checkpoint with it as ``"network"``, of any floating point type; read with
+            ``weights_only``.
 
     Raises:
         FileNotFoundError: if there is no file at ``path``.
-        ValueError: if it does not hold exactly the network's tensors, naming those that differ.
+        ValueError: if it does not hold exactly the network's tensors, naming those that differ, or one is not finite.
     """
 
     def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
@@ -418,21 +500,34 @@ class LoadWeights:
             )
         try:
             source = torch.load(self.path, map_location="cpu", weights_only=True)
+            source = source["network"] if isinstance(source.get("network"), dict) else source
             shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
         except Exception as error:  # torch raises many types here: pickle's, zip's, RuntimeError, EOFError
             raise ValueError(
                 f"{self.path} is damaged or no plain state dict ({type(error).__name__}): copy it again, or write it "
                 "with torch.save(network.state_dict(), path)."
             ) from None
+        if broken := [name for name, tensor in source.items() if not tensor.isfinite().all()]:
+            raise ValueError(
+                f"the weights {self.path} are NaN or infinite in {len(broken)} tensors, such as {broken[0]}: the "
+                "training that wrote them has diverged, give those of before with --weights."
+            )
         network = getattr(self.network, "module", self.network)
         try:
             network.load_state_dict(source)
         except RuntimeError:
             wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+            odd = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+            if set(odd) == {"head.weight", "head.bias"} and set(odd) <= wanted.keys() & shapes.keys():
+                channels = shapes["head.weight"][0]
+                raise ValueError(
+                    f"the weights {self.path} have {channels} output channels, the network {wanted['head.weight'][0]}: "
+                    f"add --network_def#out_channels {channels} and --class_names with the names of the {channels - 1} "
+                    "labels, or the overlay that they were trained with."
+                ) from None
             differ = [
                 f"{name} is {shapes.get(name, 'missing')} in the file and {wanted.get(name, 'missing')} in the network"
-                for name in {**wanted, **shapes}
-                if shapes.get(name) != wanted.get(name)
+                for name in odd
             ]
             more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise ValueError(

@@ -3,6 +3,7 @@ device; intensities scaled so that they can be brought back; the loss; the finer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor, nn
 
 from . import kspace
+from .finetuning import is_null
 
 __all__ = [
     "DataConsistencyd",
@@ -81,6 +83,11 @@ class PrepareDegradedBatch(PrepareBatch, Randomizable):
         inner = (..., *(slice(self.margin, side - self.margin) for side in clean.shape[2:]))
         clean, degraded = clean[inner].contiguous(), degraded[inner].contiguous()
         return degraded, {"clean": clean, "degraded": degraded}, (), {}
+
+    @property
+    def drawn(self) -> Mapping[str, Tensor]:
+        """What the samples of the last batch were degraded by: ``sigma`` or ``factor``, as the sampler says."""
+        return getattr(self.degradation, "drawn", {})
 
 
 class RestorationLoss(nn.Module):
@@ -173,7 +180,8 @@ class FourierResampled(MapTransform):
         allow_missing_keys: do not raise if a key is missing.
 
     Raises:
-        ValueError: unless just one of ``factor`` and ``spacing`` is given, each above 0 and no factor below 1.
+        ValueError: unless just one of ``factor`` and ``spacing`` is given (None, or a word for it, is not), a number or
+            three, each above 0 and no factor below 1.
     """
 
     def __init__(
@@ -185,14 +193,14 @@ class FourierResampled(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if (factor is None) == (spacing is None):
-            raise ValueError(f"give factor or target spacing, and null for the other; got {factor} and {spacing}.")
-        self.factor = None if factor is None else ensure_tuple_rep(factor, 3)
-        self.spacing = None if spacing is None else ensure_tuple_rep(spacing, 3)
+        if is_null(factor) == is_null(spacing):
+            raise ValueError(f"give factor or target_spacing, and null for the other; got {factor} and {spacing}.")
+        self.factor = None if is_null(factor) else _three_numbers("factor", factor)
+        self.spacing = None if is_null(spacing) else _three_numbers("target_spacing", spacing)
         if self.factor is not None and min(self.factor) < 1:
             raise ValueError(f"factor must be 1 or more along each axis, got {factor}.")
         if self.spacing is not None and min(self.spacing) <= 0:
-            raise ValueError(f"the target spacing must be above 0 mm along each axis, got {spacing}.")
+            raise ValueError(f"target_spacing must be above 0 mm along each axis, got {spacing}.")
         self.low_key = low_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -219,6 +227,17 @@ class FourierResampled(MapTransform):
         return np.maximum(np.round(wanted).astype(int), sides)
 
 
+def _three_numbers(name: str, value: Sequence[float] | float) -> tuple[float, ...]:
+    """A number, or one for each axis, as three; raises ``ValueError`` for anything else."""
+    try:
+        numbers = tuple(float(number) for number in ensure_tuple_rep(value, 3))
+    except (TypeError, ValueError):
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f'{name} must be a number, or three such as "[1,1,2.5]", got {value!r}.')
+    return numbers
+
+
 class DataConsistencyd(MapTransform):
     """Put the measured part of k-space back into predictions, see :func:`sspformer.kspace.data_consistency`.
 
@@ -226,12 +245,23 @@ class DataConsistencyd(MapTransform):
         keys: predictions ``(C, *S)``.
         low_key: the scan as it was measured, on its own grid, with the prediction's orientation and intensity scale.
         enabled: False: leave the predictions as they are.
+        resampled: whether the scan was on a coarser grid at all.
+
+    Raises:
+        ValueError: if it is enabled for a scan that was not.
     """
 
-    def __init__(self, keys: KeysCollection, low_key: str = "low", enabled: bool = True) -> None:
+    def __init__(
+        self, keys: KeysCollection, low_key: str = "low", enabled: bool = True, resampled: bool = True
+    ) -> None:
         super().__init__(keys)
         self.low_key = low_key
         self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+        if self.enabled and not resampled:
+            raise ValueError(
+                "data_consistency true is for super-resolution, which keeps the k-space that was measured; other tasks "
+                "have none to keep: leave --data_consistency out, or add configs/super_resolution.json."
+            )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

@@ -129,6 +129,10 @@ def test_the_noise_level_is_that_of_white_noise_and_of_little_else():
         torch.testing.assert_close(level, torch.full_like(level, sigma), rtol=0.05, atol=0)
     assert float(noise_level(smooth[None, None])) < 1e-3
     assert noise_level(torch.rand(1, 1, 5, 1)).shape == (1, 1, 1, 1)  # odd sides, and a single slice
+    stripped = torch.zeros(1, 1, 32, 32, 32)
+    stripped[..., :8] = 0.5 + 0.05 * torch.randn(32, 32, 8, generator=generator)
+    torch.testing.assert_close(float(noise_level(stripped)), 0.05, rtol=0.05, atol=0)
+    assert float(noise_level(torch.zeros(1, 1, 8, 8, 8))) == 0
 
 
 def test_a_noise_scaled_residual_is_in_units_of_the_noise():
@@ -137,5 +141,10 @@ def test_a_noise_scaled_residual_is_in_units_of_the_noise():
     image = torch.rand(1, 1, 16, 16, 16)
     torch.testing.assert_close(network(image), image + noise_level(image))
     assert torch.equal(network(torch.full((1, 1, 16, 16, 16), 0.5)), torch.full((1, 1, 16, 16, 16), 0.5))
+    floor = toy(out_channels=1, residual=True, noise_scaled=True, noise_floor=0.05)
+    torch.nn.init.ones_(floor.head.bias)
+    weak, strong = (0.5 + level * torch.randn(1, 1, 32, 32, 32) for level in (0.04, 0.08))
+    assert torch.equal(floor(weak), weak)
+    torch.testing.assert_close(floor(strong), strong + noise_level(strong))
     with pytest.raises(ValueError, match="needs residual=True"):
         toy(noise_scaled=True)

@@ -51,7 +51,7 @@ def dense(**kwargs):
     "build", [dense, lambda: SSPFormerEncoder(patch_size=4), lambda: MaskedAutoencoder(patch_size=4)]
 )
 @pytest.mark.parametrize("kind", ["encoder", "model", "checkpoint"])
-@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "network.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "network.", "module._orig_mod.", "model.net."])
 def test_every_file_fits_every_network(build, kind, wrapper, autoencoder, tmp_path):
     state = (autoencoder.encoder if kind == "encoder" else autoencoder).state_dict()
     state = {wrapper + name: value for name, value in state.items()}
@@ -61,8 +61,18 @@ def test_every_file_fits_every_network(build, kind, wrapper, autoencoder, tmp_pa
     assert_same_encoder(network, autoencoder)
 
 
-def test_a_masked_autoencoder_comes_back_whole(autoencoder, tmp_path):
-    network = load_pretrained(MaskedAutoencoder(patch_size=4), save(autoencoder.state_dict(), tmp_path))
+@pytest.mark.parametrize("place", ["state_dict", "model"])
+@pytest.mark.parametrize("wrapper", ["model.encoder.", "net.", "backbone."])
+def test_an_encoder_inside_others_checkpoints(place, wrapper, autoencoder, tmp_path):
+    state = {wrapper + name: value for name, value in autoencoder.encoder.state_dict().items()}
+    path = save({place: {**state, "criterion.weight": torch.ones(2)}, "epoch": 3}, tmp_path)
+    assert_same_encoder(load_pretrained(dense(), path), autoencoder)
+
+
+@pytest.mark.parametrize("wrapper", ["", "model."])
+def test_a_masked_autoencoder_comes_back_whole(wrapper, autoencoder, tmp_path):
+    state = {wrapper + name: value for name, value in autoencoder.state_dict().items()}
+    network = load_pretrained(MaskedAutoencoder(patch_size=4), save(state, tmp_path))
     for name, value in autoencoder.state_dict().items():
         assert torch.equal(network.state_dict()[name], value)
 
@@ -244,6 +254,17 @@ def test_less_than_the_whole_encoder_is_refused(missing, autoencoder, tmp_path):
     with pytest.raises(ValueError, match=f"covers {n} of the encoder's {n + 1} tensors: encoder.{missing}"):
         load_pretrained(network, save(state, tmp_path))
     assert torch.equal(network.encoder.patch_embedding.weight, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(value, autoencoder, tmp_path):
+    state = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    state["encoder.blocks.1.mlp.0.weight"][0, 0] = value
+    network = dense()
+    before = network.encoder.norm.weight.clone()
+    with pytest.raises(ValueError, match="NaN or infinite weights in 1 of its tensors.*encoder.blocks.1.mlp.0.weight"):
+        load_pretrained(network, save(state, tmp_path))
+    assert torch.equal(network.encoder.norm.weight, before)
 
 
 def test_files_of_other_projects_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,8 +158,7 @@ class Cache:
 
     def get(self, function: Callable[..., dict], files: list[Path], *args) -> dict:
         """`function(files, *args)`, from the cache if no file has changed."""
-        stats = [(str(f), s.st_size, s.st_mtime_ns) for f, s in ((f, f.stat()) for f in files)]
-        key = digest([function.__name__, CHECK_VERSION, stats, args])
+        key = digest([function.__name__, CHECK_VERSION, stats(files), args])
         result = self.old.get(key)
         self.new[key] = result if isinstance(result, dict) else function(files, *args)
         return self.new[key]
@@ -167,10 +166,20 @@ class Cache:
     def save(self, every: float = 0.0) -> None:
         """Writes the file, if the last time is more than `every` seconds ago."""
         if self.file and time.monotonic() - self.saved >= every:
-            partial = self.file.with_suffix(f".{os.getpid()}.tmp")
-            partial.write_text(json.dumps(self.new.copy()))
-            partial.replace(self.file)
+            write_atomically(self.file, json.dumps(self.new.copy()))
             self.saved = time.monotonic()
+
+
+def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Path, size in bytes and time of the last change in ns of each file."""
+    return [(str(f), s.st_size, s.st_mtime_ns) for f, s in ((f, f.stat()) for f in files)]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the file, then renames: several processes of one run write the same file at the same time."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
 
 
 def digest(text: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import itertools
 import json
 import logging
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checking import Cache, check_dicom, check_nifti, in_threads
+from .checking import Cache, check_dicom, check_nifti, in_threads, write_atomically
 from .finding import SPLITS, Scan, datalist_of, find_scans
 from .naming import stem
 from .reading import by, reason_of
@@ -43,8 +44,8 @@ def prepare_datalist(
 
     Args:
         dataset_dir: a folder, searched recursively for NIfTI files and DICOM series; a single file; or an MSD-style
-            datalist (JSON with "training" and perhaps "validation", which then is the split), or the folder that holds
-            it as dataset.json. The scans of a list "test", or of a folder's imagesTs/, are left out.
+            datalist (JSON with "training" and perhaps "validation", which then is the split, even an empty one), or the
+            folder that holds it as dataset.json. The scans of a list "test", or of a folder's imagesTs/, are left out.
         output_dir: gets `scans.csv`, a row a file; `scan_check.json`, which spares unchanged files another reading; and
             `datalist.json`, the split, to be a `dataset_dir` itself.
         val_fraction: fraction of the subjects for validation, in [0, 1); at least one subject unless it is 0. A single
@@ -59,8 +60,9 @@ def prepare_datalist(
 
     Returns:
         {"training": [...], "validation": [...]}, no subject in both. An item is JSON-serialisable: "image" (path of a
-        NIfTI, or the list of a DICOM series' files in slice order), "subject", "name" (unique, fit for a file name)
-        and, for one volume of a 4D file, "volume".
+        NIfTI, or the list of a DICOM series' files in slice order), "subject", "name" (unique, fit for a file name),
+        "version" (another one once a file was written anew, so that no cache by item gives the old voxels) and, for one
+        volume of a 4D file, "volume".
 
     Raises:
         FileNotFoundError: when `dataset_dir` does not exist.
@@ -194,7 +196,7 @@ def keep_datalist(splits: dict[str, list[dict]], output_dir: str | os.PathLike |
         kept |= set(items)
         keys = ("image", "label", "subject")
         listed[split] = [{key: item[key] for key in keys if key in item} for item in items.values()]
-    (Path(output_dir) / "datalist.json").write_text(json.dumps(listed, indent=1) + "\n")
+    write_atomically(Path(output_dir) / "datalist.json", json.dumps(listed, indent=1) + "\n")
 
 
 def existing(dataset_dir: str | os.PathLike) -> Path:
@@ -311,7 +313,8 @@ def test_split(splits: Collection[str], dataset_dir: Path) -> str:
 def _items(scan: Scan) -> list[dict]:
     """The datalist's items of a scan: one, or one for each volume."""
     files = [str(path) for path in scan.files]
-    item = {"image": files if scan.series else files[0], "subject": scan.subject, "name": scan.name}
+    image = files if scan.series else files[0]
+    item = {"image": image, "subject": scan.subject, "name": scan.name, "version": scan.version}
     return [item | {"name": f"{scan.name}_vol{v:03d}", "volume": v} for v in scan.volumes] or [item]
 
 
@@ -342,10 +345,11 @@ def report(
 ) -> None:
     """Writes `scans.csv` and logs the usable scans in a table (the first rows), the unusable ones and the summary."""
     if output_dir:
-        with open(output_dir / "scans.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(output_dir / "scans.csv", table.getvalue())
     if usable:
         shown = columns[: columns.index("status")]
         logger.info(f"Scans in {dataset_dir}:\n{_table(rows[: len(usable)], shown)}")

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import pydicom
 
-from .checking import Cache, digest, in_threads
+from .checking import Cache, digest, in_threads, stats
 from .naming import NIFTI_NAME, NIFTI_SUFFIX, is_label_path, known_subject_of, subject_of
 from .reading import reason_of
 
@@ -35,6 +35,17 @@ class Scan:
     check: dict = field(default_factory=dict)  # shape, spacing, orientation, volumes (4D) or order (DICOM)
     volumes: list[int] = field(default_factory=list)  # those to use of a 4D file
     label_map: Path | None = None  # of its segmentation
+
+    @property
+    def version(self) -> str:
+        """A hash of the state of its files and its label map's: another one once any of them was written anew."""
+        return digest(stats([*self.files, *self.label_files]))
+
+    @property
+    def label_files(self) -> list[Path]:
+        """Its label map: a NIfTI file, or the .hdr and .img of a pair; empty without one."""
+        files = [self.label_map] if self.label_map else []
+        return files + [file.with_suffix(".img") for file in files if file.suffix.lower() == ".hdr"]
 
     @property
     def label(self) -> str:
@@ -204,7 +215,8 @@ def read_datalist(file: Path, with_labels: bool = False) -> dict[Path, dict]:
             images = [images] if isinstance(images, str) else images
             if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
                 raise ValueError(f'the datalist {file}: the item {item} of "{split}" has no "image" path.')
-            is_split = split == "test" or bool(lists.get("validation"))  # else "training" is still to be split
+            # without a list "validation", be it empty, "training" is still to be split
+            is_split = split == "test" or isinstance(lists.get("validation"), list)
             given = {"split": split if is_split else "", "subject": str(item.get("subject", ""))}
             if with_labels and isinstance(item.get("label"), str):
                 given["label_map"] = file.parent / item["label"]

@@ -21,11 +21,11 @@ MIN_SIZE = 2  # voxels along each side
 def find_inputs(
     dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None, num_workers: int = 2
 ) -> list[dict]:
-    """Finds the scans of a file, a folder or a DICOM series, and reads their headers; label maps are left out.
+    """Finds the scans of a file, folder, DICOM series or datalist, and reads their headers; label maps are left out.
 
     Args:
-        dataset_dir: a NIfTI file, which may be named like a label map; or a folder, searched recursively for NIfTI
-            files and DICOM series.
+        dataset_dir: a NIfTI file, which may be named like a label map; a folder, searched recursively for NIfTI files
+            and DICOM series; or a datalist (JSON), of which all lists are taken.
         output_dir: not searched, so that results are not taken for scans.
         num_workers: threads that read headers.
 

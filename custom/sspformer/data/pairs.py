@@ -61,7 +61,7 @@ def prepare_pairs(
         dataset_dir: a folder with images/ and labels/, or nnU-Net's imagesTr/ and labelsTr/ (and imagesTs/ with
             labelsTs/ as the test split), where both files have the same name, the image perhaps with nnU-Net's _0000;
             or an MSD-style dataset.json, or the folder that holds it, with paths relative to it, whose lists
-            "training", "validation" and "test" are the split.
+            "training", "validation" (even an empty one) and "test" are the split.
         output_dir: gets `scans.csv`, a row a pair, and `scan_check.json`, which spares unchanged files another reading.
         classes: the label values that may occur: n for 0 to n - 1, or a mapping such as {"0": "background", ...} or
             nnU-Net's {"background": 0, ...}. None: those of dataset.json's "labels", if it has them, else any integers.
@@ -75,7 +75,8 @@ def prepare_pairs(
 
     Returns:
         {"training": [...], "validation": [...], "test": [...]}, JSON-serialisable: "image" and "label" (paths; an image
-        may be the list of a DICOM series' files), "subject" and "name" (unique, fit for a file name).
+        may be the list of a DICOM series' files), "subject", "name" (unique, fit for a file name) and "version"
+        (another one once a file was written anew, so that no cache by item gives the old voxels).
 
     Raises:
         FileNotFoundError: when `dataset_dir` does not exist.
@@ -294,10 +295,7 @@ def _problems(pair: Scan, root: Path, allowed: set[int] | None, min_size: int, c
         yield f"{label} is missing"
         return
     try:
-        files = [pair.label_map]
-        if pair.label_map.suffix.lower() == ".hdr":
-            files.append(pair.label_map.with_suffix(".img"))
-        found = cache.get(check_label, files)
+        found = cache.get(check_label, pair.label_files)
     except Exception as error:
         yield f"{label}: {reason_of(error)}"
         return
@@ -305,7 +303,8 @@ def _problems(pair: Scan, root: Path, allowed: set[int] | None, min_size: int, c
     if "shape" in pair.check:
         yield from (f"{label} {problem}" for problem in _misfits(pair.check, found))
     if allowed is not None and (unknown := sorted(set(values) - allowed)):
-        yield f"{label} has unknown values {_compact(unknown)} (the classes are {_compact(sorted(allowed))})"
+        known = f"the classes are {_compact(sorted(allowed))}; others need --class_names and --network_def#out_channels"
+        yield f"{label} has unknown values {_compact(unknown)} ({known})"
     if set(values) == {0}:
         pair.note = "empty label map"
 
@@ -352,7 +351,8 @@ def _item(pair: Scan) -> dict:
     """The datalist's item of a pair."""
     files = [str(path) for path in pair.files]
     image = files if pair.series else files[0]
-    return {"image": image, "label": str(pair.label_map), "subject": pair.subject, "name": pair.name}
+    known = {"subject": pair.subject, "name": pair.name, "version": pair.version}
+    return {"image": image, "label": str(pair.label_map)} | known
 
 
 def _row(pair: Scan, root: Path) -> dict[str, str]:

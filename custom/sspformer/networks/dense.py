@@ -36,8 +36,12 @@ class SSPFormerDense(nn.Module):
         size: preset of the encoder, see :data:`sspformer.networks.SIZES`.
         features: channels of the convolutions on the full grid; doubled at each halving.
         residual: the head's output is added to the image, and is 0 before training: restoration starts from its input.
-        noise_scaled: that output is in units of the image's noise, see :func:`noise_level`, for denoising: weak noise
-            then asks for no smaller numbers than strong noise, and a clean image is hardly touched.
+        residual_scale: what that output is multiplied with: about the size of the residual, so that a step of the
+            optimiser is small against it.
+        noise_scaled: that output is in units of the image's noise as well, see :func:`noise_level`, for denoising: weak
+            noise then asks for no smaller numbers than strong noise; times a factor that a gate learns for each level.
+        noise_floor: an image with a level below this is left as it is, one above 1.5 times this is treated in full:
+            noise that weak cannot be told from texture.
         norm: of the convolutions, as :class:`monai.networks.blocks.Convolution` takes it. Its ``eps`` is larger than
             usual, or the noise of a window full of air would be blown up to look like anatomy. None for restoration,
             where the level of the noise must not be normalised away.
@@ -58,7 +62,9 @@ class SSPFormerDense(nn.Module):
         size: str = "tiny",
         features: int = 16,
         residual: bool = False,
+        residual_scale: float = 1.0,
         noise_scaled: bool = False,
+        noise_floor: float = 0.0,
         norm: str | tuple | None = ("instance", {"affine": True, "eps": 1e-3}),
         depths: Sequence[int] | None = None,
         dim: int | None = None,
@@ -73,7 +79,8 @@ class SSPFormerDense(nn.Module):
             )
         if noise_scaled and not residual:
             raise ValueError("noise_scaled scales the residual: it needs residual=True.")
-        self.residual, self.noise_scaled = residual, noise_scaled
+        self.residual, self.residual_scale = residual, residual_scale
+        self.noise_scaled, self.noise_floor = noise_scaled, noise_floor
         self.encoder = SSPFormerEncoder(spatial_dims, in_channels, patch_size, size, dim, depth, num_heads)
         strides = halvings(self.encoder.patch_size)
         n_blocks = len(self.encoder.blocks)
@@ -115,6 +122,10 @@ class SSPFormerDense(nn.Module):
         if residual:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+        if noise_scaled:
+            self.gate = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+            nn.init.zeros_(self.gate[2].weight)
+            nn.init.zeros_(self.gate[2].bias)  # exp(0): all are trusted, before training
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, in_channels, *S)``, any size -> ``(B, out_channels, *S)``: logits, or the restored image."""
@@ -124,8 +135,11 @@ class SSPFormerDense(nn.Module):
         out = self.forward_decoder(tokens, detail)
         out = out[(..., *(slice(side) for side in image.shape[2:]))]
         if self.noise_scaled:
-            out = out * noise_level(image)
-        return image + out if self.residual else out
+            level = noise_level(image)
+            out = out * level * self.gate(level[..., None].clamp(min=1e-6).log())[..., 0].float().exp()
+            if self.noise_floor > 0:
+                out = out * (2 * (level / self.noise_floor - 1)).clamp(0, 1)
+        return image + self.residual_scale * out if self.residual else out
 
     def forward_encoder(self, image: Tensor) -> Tensor:
         """Tokens of all ``depths``, projected, on their grid: ``(B, C, *grid)``."""
@@ -150,18 +164,17 @@ class SSPFormerDense(nn.Module):
 
 def noise_level(image: Tensor) -> Tensor:
     """Standard deviation of white noise that explains the finest details of each image ``(B, C, *S)``, one for each
-    channel ``(B, C, 1, ...)``: mean absolute diagonal coefficient of the Haar wavelet, which holds little anatomy.
-
-    After Donoho and Johnstone (Biometrika 81:425, 1994), with the mean in place of the median: air that was set to 0
-    must not make it 0.
+    channel ``(B, C, 1, ...)``: median absolute diagonal coefficient of the Haar wavelet, over 0.6745 (Donoho and
+    Johnstone, Biometrika 81:425, 1994). Coefficients that are 0 do not count: air that was set to 0 holds no noise.
     """
     detail = image.float()
     for axis in range(2, image.ndim):
         if detail.shape[axis] > 1:
             pairs = detail.unfold(axis, 2, 2)
             detail = (pairs[..., 0] - pairs[..., 1]) / math.sqrt(2)
-    dims = tuple(range(2, image.ndim))
-    return detail.abs().mean(dim=dims, keepdim=True) * math.sqrt(math.pi / 2)
+    detail = detail.abs().flatten(2)
+    level = detail.masked_fill(detail == 0, torch.nan).nanmedian(dim=2).values.nan_to_num() / 0.6745
+    return level.reshape(*level.shape, *[1] * (image.ndim - 2))
 
 
 def halvings(patch_size: Sequence[int]) -> list[tuple[int, ...]]:

@@ -18,8 +18,10 @@ logger = logging.getLogger("sspformer")
 
 EMBEDDING = "encoder.patch_embedding.weight"
 LAYOUT = "encoder.layout"  # heads, channels, patch
-#: parts of a tensor's name that come from wrappers: DistributedDataParallel, torch.compile, and a module around it
-WRAPPERS = ("module", "_orig_mod", "network")
+#: parts of a tensor's name that come from wrappers: DistributedDataParallel and torch.compile
+WRAPPERS = ("module", "_orig_mod")
+#: where checkpoints keep the weights: ours, Lightning's and many others'
+PLACES = ("network", "state_dict", "model")
 
 
 def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
@@ -31,16 +33,17 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
 
     Args:
         network: an :class:`SSPFormerEncoder`, or a network with one as ``.encoder``; changed in place.
-        path: ``encoder.pt``, a whole model or a checkpoint (``{"network": ...}``), of any floating point type; read
-            with ``weights_only``. None loads nothing: training from scratch.
+        path: ``encoder.pt``, a whole model or a checkpoint (with it as ``"network"``, ``"state_dict"`` or ``"model"``),
+            of any floating point type, whatever comes before the encoder's names (``model.encoder.``, ``backbone.``);
+            read with ``weights_only``. None loads nothing: training from scratch.
 
     Returns:
         ``network``.
 
     Raises:
         FileNotFoundError: if there is no file at ``path``.
-        ValueError: if the file is damaged, holds pickled code or no SSPFormer encoder, or one whose width, depth or
-            patch ``network`` cannot take; each message names the fix.
+        ValueError: if the file is damaged, holds pickled code, weights that are not finite or no SSPFormer encoder, or
+            one whose width, depth or patch ``network`` cannot take; each message names the fix.
     """
     encoder = network if isinstance(network, SSPFormerEncoder) else getattr(network, "encoder", None)
     if not isinstance(encoder, SSPFormerEncoder):
@@ -75,6 +78,11 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
         rows.append((name, value, what, why))
 
     loaded = {name: value for name, value, what, _ in rows if what != "skipped"}
+    if broken := [name for name, value in loaded.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{path} has NaN or infinite weights in {len(broken)} of its tensors, such as {broken[0]}: its training "
+            "diverged, so take weights of before, or train again with a lower learning rate."
+        )
     for name, value in loaded.items():
         own[name].copy_(value)  # and converts half precision
     rows += [(name, value, "not loaded", "stays as initialised") for name, value in own.items() if name not in loaded]
@@ -118,7 +126,7 @@ def resize_patch_embedding(weight: Tensor, shape: Sequence[int], new_shape: Sequ
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file, without the names of wrappers; those of an encoder alone get ``encoder.`` in front."""
+    """Tensors of a file, without the names of what is around the network; those of an encoder alone get ``encoder.``"""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"no pretrained weights at {path}: give an encoder.pt (configs/pretrain.json writes one), or null to train "
@@ -131,13 +139,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds more than weights ({type(error).__name__}): copy it again, or write it with "
             "torch.save(network.state_dict(), path)."
         ) from error
-    if isinstance(content, dict) and isinstance(content.get("network"), dict):
-        content = content["network"]
+    if isinstance(content, dict):
+        content = next((content[place] for place in PLACES if isinstance(content.get(place), dict)), content)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: write it with torch.save(network.state_dict(), path).")
-    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in content}
-    prefix = "" if any(name.startswith("encoder.") for name in names.values()) else "encoder."
-    return {prefix + names[name]: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+    first = "patch_embedding.weight"
+    before = next((name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")), "")
+    around = before.removesuffix("encoder.")
+    alone = around == before and not any(name.startswith("encoder.") for name in tensors)
+    return {
+        ("encoder." if alone and name.startswith(around) else "") + name.removeprefix(around): value
+        for name, value in tensors.items()
+    }
 
 
 def check_encoder(source: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:

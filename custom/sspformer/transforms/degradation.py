@@ -68,6 +68,9 @@ class ResolutionSampler:
             thick slices); ``in_plane``, all but one.
         axis: the slice axis of ``through_plane`` and ``in_plane``, 0-based; None: drawn for each sample.
 
+    Attributes:
+        drawn: ``factor`` of each sample of the last batch along each axis, ``(B, len(S))``.
+
     Raises:
         ValueError: if the range is not ordered or starts below 1, or a pattern is unknown.
     """
@@ -120,7 +123,8 @@ class ResolutionSampler:
             generator: on the image's device.
             random_state: not needed, as ``spacing``.
         """
-        return reduce_resolution(image, self.factors(image, generator))
+        self.drawn = {"factor": self.factors(image, generator)}
+        return reduce_resolution(image, self.drawn["factor"])
 
 
 class RandReducedResolution(RandomizableTransform):

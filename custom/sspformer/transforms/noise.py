@@ -176,6 +176,9 @@ class NoiseSampler:
         intensity_range: see :func:`frequency_weighted_noise`.
         log_sigma: draw the logarithm of ``sigma`` uniformly: as many weak as strong noises.
 
+    Attributes:
+        drawn: ``sigma`` of each sample of the last batch, ``(B,)``.
+
     Raises:
         ValueError: if a range is not ordered or leaves what is physical.
     """
@@ -231,6 +234,7 @@ class NoiseSampler:
         axis = int(random_state.randint(image.ndim - 2))
         n_moving = random_state.binomial(image.shape[0], self.motion_prob)
         spacing = kspace.as_spacing(spacing, image)
+        self.drawn = {"sigma": torch.empty(0, device=image.device)}
         parts = [
             self._noisy(image[:n_moving], spacing[:n_moving], generator, axis),
             self._noisy(image[n_moving:], spacing[n_moving:], generator, None),
@@ -255,9 +259,12 @@ class NoiseSampler:
                 modulation=_uniform(self.modulation, n, 2, **draw) / 2,
                 axis=axis,
             )
+        is_noisy = self.sigma[1] > 0
+        sigma = self._draw_sigma(n, **draw) if is_noisy else torch.zeros(n, device=image.device)
+        self.drawn["sigma"] = torch.cat([self.drawn["sigma"], sigma])
         return frequency_weighted_noise(
             image,
-            sigma=self._draw_sigma(n, **draw) if self.sigma[1] > 0 else None,
+            sigma=sigma if is_noisy else None,
             alpha=_uniform(self.alpha, n, **draw),
             spacing=spacing,
             motion=motion,
