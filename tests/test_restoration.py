@@ -17,6 +17,7 @@ from sspformer import kspace
 from sspformer.restoration import (
     DataConsistencyd,
     FourierResampled,
+    LeaveQuietd,
     PrepareDegradedBatch,
     RestorationLoss,
     ScaleByPercentiled,
@@ -267,3 +268,18 @@ def test_a_network_learns_to_restore_one_batch(task, n_steps):
         optimizer.step()
         gains.append(-error.item())
     assert gains[0] == pytest.approx(0, abs=1e-4) and gains[-1] > 1.5, gains  # dB
+
+
+def test_a_quiet_scan_is_left_as_it_is_and_a_noisy_one_is_not():
+    generator = torch.Generator().manual_seed(0)
+    leave = LeaveQuietd("pred", levels=(0.02, 0.04))
+    for sigma, share in ((0.01, 0.0), (0.03, 0.5), (0.06, 1.0)):
+        image = MetaTensor(0.5 + sigma * torch.randn(1, 48, 48, 48, generator=generator))
+        pred = MetaTensor(torch.zeros(1, 48, 48, 48), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+        out = leave({"image": image, "pred": pred})["pred"]
+        assert torch.equal(out.affine, pred.affine) and not pred.any()
+        torch.testing.assert_close(out.as_tensor(), (1 - share) * image.as_tensor(), atol=0.03, rtol=0)
+        if share == 0:
+            assert torch.equal(out.as_tensor(), image.as_tensor())
+    with pytest.raises(ValueError, match="ascending"):
+        LeaveQuietd(levels=(0.04, 0.02))

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from . import kspace
 from .finetuning import is_null
+from .networks.dense import noise_level
 
 __all__ = [
     "DataConsistencyd",
     "FourierResampled",
+    "LeaveQuietd",
     "PrepareDegradedBatch",
     "RestorationLoss",
     "ScaleByPercentiled",
@@ -270,4 +272,44 @@ class DataConsistencyd(MapTransform):
             low = torch.as_tensor(d[self.low_key]).as_subclass(Tensor).to(pred.device)
             d[key] = pred.clone()
             d[key][:] = kspace.data_consistency(torch.as_tensor(pred).as_subclass(Tensor)[None], low[None])[0]
+        return d
+
+
+class LeaveQuietd(MapTransform):
+    """Where a whole scan has hardly any noise, give it back as it is: noise that weak cannot be told from texture.
+
+    Judged on the whole scan, whose air and white matter show the noise bare; a window of cortex does not.
+
+    Args:
+        keys: denoised scans ``(C, *S)``.
+        image_key: the scan before, on the same grid and scale, 1 for its brightest tissue.
+        levels: of :func:`sspformer.networks.dense.noise_level`. At or below the first the scan is left as it is, at or
+            above the second the result is taken whole, between them a mixture.
+
+    Raises:
+        ValueError: unless the levels are two ascending numbers above 0.
+    """
+
+    def __init__(
+        self, keys: KeysCollection = "pred", image_key: str = "image", levels: Sequence[float] = (0.016, 0.021)
+    ) -> None:
+        super().__init__(keys)
+        if len(levels) != 2 or not 0 < levels[0] < levels[1]:
+            raise ValueError(f"levels must be two ascending numbers above 0, got {levels}.")
+        self.image_key, self.levels = image_key, levels
+
+    def share(self, image: Tensor) -> Tensor:
+        """How much of the result counts, 0 to 1, for each channel: ``(C, 1, ...)`` for an image ``(C, *S)``."""
+        low, high = self.levels
+        level = noise_level(torch.as_tensor(image).as_subclass(Tensor)[None])[0]
+        return ((level - low) / (high - low)).clamp(0, 1)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        before = torch.as_tensor(d[self.image_key]).as_subclass(Tensor)
+        for key in self.key_iterator(d):
+            pred = d[key]
+            after = torch.as_tensor(pred).as_subclass(Tensor)
+            d[key] = pred.clone()
+            d[key][:] = torch.lerp(before.to(after), after, self.share(before).to(after))
         return d

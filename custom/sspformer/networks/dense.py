@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .encoder import SSPFormerEncoder
 from .layers import pad_to_patches
 
-__all__ = ["SSPFormerDense"]
+__all__ = ["SSPFormerDense", "noise_level"]
 
 
 class SSPFormerDense(nn.Module):
@@ -40,8 +40,6 @@ class SSPFormerDense(nn.Module):
             optimiser is small against it.
         noise_scaled: that output is in units of the image's noise as well, see :func:`noise_level`, for denoising: weak
             noise then asks for no smaller numbers than strong noise; times a factor that a gate learns for each level.
-        noise_floor: an image with a level below this is left as it is, one above 1.5 times this is treated in full:
-            noise that weak cannot be told from texture.
         norm: of the convolutions, as :class:`monai.networks.blocks.Convolution` takes it. Its ``eps`` is larger than
             usual, or the noise of a window full of air would be blown up to look like anatomy. None for restoration,
             where the level of the noise must not be normalised away.
@@ -64,7 +62,6 @@ class SSPFormerDense(nn.Module):
         residual: bool = False,
         residual_scale: float = 1.0,
         noise_scaled: bool = False,
-        noise_floor: float = 0.0,
         norm: str | tuple | None = ("instance", {"affine": True, "eps": 1e-3}),
         depths: Sequence[int] | None = None,
         dim: int | None = None,
@@ -80,7 +77,7 @@ class SSPFormerDense(nn.Module):
         if noise_scaled and not residual:
             raise ValueError("noise_scaled scales the residual: it needs residual=True.")
         self.residual, self.residual_scale = residual, residual_scale
-        self.noise_scaled, self.noise_floor = noise_scaled, noise_floor
+        self.noise_scaled = noise_scaled
         self.encoder = SSPFormerEncoder(spatial_dims, in_channels, patch_size, size, dim, depth, num_heads)
         strides = halvings(self.encoder.patch_size)
         n_blocks = len(self.encoder.blocks)
@@ -137,8 +134,6 @@ class SSPFormerDense(nn.Module):
         if self.noise_scaled:
             level = noise_level(image)
             out = out * level * self.gate(level[..., None].clamp(min=1e-6).log())[..., 0].float().exp()
-            if self.noise_floor > 0:
-                out = out * (2 * (level / self.noise_floor - 1)).clamp(0, 1)
         return image + self.residual_scale * out if self.residual else out
 
     def forward_encoder(self, image: Tensor) -> Tensor:
