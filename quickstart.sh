@@ -92,6 +92,7 @@ encoder_path="${encoder_path:-$output_dir/pretrain/models/pretrained/encoder.pt}
 python="$("$root/scripts/ensure_venv.sh")"
 cd "$root"
 export PYTHONPATH="$root/custom${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # threads that wait actively starve beside another process
 dataset_dir="${dataset_dir:-$("$python" -c "import sspformer; print(sspformer.demo.make_demo_dataset('$root/bundle/demo_data'))")}"
 
 bundle() {  # run id, config files, more options

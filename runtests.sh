@@ -6,9 +6,10 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="$("$root/scripts/ensure_venv.sh")"
 cd "$root"
 export PYTHONPATH="$root/custom${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # threads that wait actively starve beside another process
 
 folders=()
-for folder in custom tests benchmarks; do
+for folder in custom tests benchmarks scripts; do
   if [[ -d "$folder" ]]; then folders+=("$folder"); fi
 done
 echo "== ruff check"
