@@ -192,7 +192,8 @@ def test_types_of_restored_images(tmp_path):
     scaled = nib.Nifti1Image(bright, affine)
     scaled.set_data_dtype(np.int16)  # nibabel then writes a scale factor
     nib.save(scaled, tmp_path / "scans" / "scaled.nii.gz")
-    infer(tmp_path / "scans", tmp_path / "out", "denoising.json", roi_size=[24, 32, 32], **gain(tmp_path, 1.3))
+    options = {"roi_size": [24, 32, 32], "leave_quiet": [], **gain(tmp_path, 1.3)}
+    infer(tmp_path / "scans", tmp_path / "out", "denoising.json", **options)
     images = {name: nib.load(tmp_path / f"out/{name}_denoised.nii.gz") for name in ("byte", "double", "scaled")}
     assert images["byte"].get_data_dtype() == np.uint8
     expected = np.clip(np.rint(bright.astype(np.uint8).astype(np.float32) * np.float32(1.3)), 0, 255)
@@ -200,6 +201,13 @@ def test_types_of_restored_images(tmp_path):
     for name in ("double", "scaled"):
         assert images[name].get_data_dtype() == np.float32
         assert np.allclose(np.asarray(images[name].dataobj), 1.3 * bright, atol=0.01)
+
+
+def test_denoising_leaves_a_quiet_scan_as_it_is(tmp_path):
+    write(tmp_path / "scans", "quiet", (1000 * phantom()).astype(np.int16), np.diag([2.0, 2, 2, 1]))
+    infer(tmp_path / "scans", tmp_path / "out", "denoising.json", roi_size=[24, 32, 32], **gain(tmp_path, 1.3))
+    out = nib.load(tmp_path / "out/quiet_denoised.nii.gz")
+    assert np.array_equal(np.asarray(out.dataobj), (1000 * phantom()).astype(np.int16))
 
 
 def test_super_resolution_writes_the_affine_of_the_finer_grid(tmp_path):
@@ -326,7 +334,7 @@ def test_pictures_of_restoration_show_before_and_after_on_the_scale_of_the_file(
     monkeypatch.setattr(inference, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
     write(tmp_path / "scans", "a", (1000 * phantom()).astype(np.int16), scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2)))
     for overlay in ("denoising.json", "super_resolution.json"):
-        infer(tmp_path / "scans", tmp_path / "out", overlay, pictures=True, **gain(tmp_path, 1.5))
+        infer(tmp_path / "scans", tmp_path / "out", overlay, pictures=True, leave_quiet=[], **gain(tmp_path, 1.5))
         before, after = seen[-1]["image"], seen[-1]["pred"]
         assert torch.allclose(1.5 * before.as_tensor(), after.as_tensor(), atol=0.1) and before.max() > 900
         assert torch.equal(before.affine, after.affine)

@@ -267,7 +267,7 @@ def test_a_network_learns_to_restore_one_batch(task, n_steps):
         error.backward()
         optimizer.step()
         gains.append(-error.item())
-    assert gains[0] == pytest.approx(0, abs=1e-4) and gains[-1] > 1.5, gains  # dB
+    assert gains[0] == pytest.approx(0, abs=1e-4) and gains[-1] > 0.6, gains  # dB
 
 
 def test_a_quiet_scan_is_left_as_it_is_and_a_noisy_one_is_not():
