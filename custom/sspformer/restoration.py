@@ -291,7 +291,7 @@ class LeaveQuietd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection = "pred", image_key: str = "image", levels: Sequence[float] = (0.016, 0.021)
+        self, keys: KeysCollection = "pred", image_key: str = "image", levels: Sequence[float] = (0.019, 0.022)
     ) -> None:
         super().__init__(keys)
         if len(levels) != 2 or not 0 < levels[0] < levels[1]:
