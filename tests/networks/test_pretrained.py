@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.networks.nets import UNet
 
 from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder, load_pretrained
 from sspformer.networks import pretrained as module
