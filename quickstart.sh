@@ -7,7 +7,7 @@ PRETRAIN=(
   --crops_per_scan "\$max(1, round(96 / len(@datalist['training'])))"
 )
 SEGMENT=(
-  --epochs 12 --val_interval 6 --max_val_scans 2
+  --epochs 20 --val_interval 10 --max_val_scans 2
   --crops_per_scan "\$max(1, round(48 / len(@datalist['training'])))"
 )
 DENOISE=(
