@@ -187,8 +187,7 @@ class SaveEncoder:
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.iteration > 0:
-            encoder = getattr(self.network, "module", self.network).encoder
-            save_atomically({name: value.detach().cpu() for name, value in encoder.state_dict().items()}, self.path)
+            save_network(getattr(self.network, "module", self.network).encoder, self.path)
 
 
 class SaveBestModel:

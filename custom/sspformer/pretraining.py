@@ -23,6 +23,7 @@ from .transforms.noise import NoiseSampler
 __all__ = [
     "AutocastInferer",
     "KeepAffined",
+    "PrepareBatchOnDevice",
     "PrepareMaskedBatch",
     "Reconstruct",
     "above_mean",
@@ -96,7 +97,40 @@ class AutocastInferer(SimpleInferer):
         return output.float()
 
 
-class PrepareMaskedBatch(PrepareBatch, Randomizable):
+class PrepareBatchOnDevice(PrepareBatch, Randomizable):
+    """What both ``prepare_batch`` of ours share: a batch's images on the device, and a generator there.
+
+    Args:
+        image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor.
+        seed: of what is drawn; :class:`sspformer.handlers.SeedEpoch` sets it anew each epoch.
+    """
+
+    def __init__(self, image_key: str = "image", seed: int = 0) -> None:
+        self.image_key = image_key
+        self.set_random_state(seed)
+
+    def set_random_state(self, seed=None, state=None) -> PrepareBatchOnDevice:
+        """As of MONAI's Randomizable; the generator of the device starts anew as well."""
+        super().set_random_state(seed, state)
+        self._generator: torch.Generator | None = None
+        self._device_seed = int(self.R.randint(2**31))
+        return self
+
+    def load(
+        self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
+    ) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Images ``(B, C, *S)``, float32, their spacing in mm ``(B, len(S))``, and the generator, all on the device."""
+        image = batchdata[self.image_key]
+        spacing = kspace.spacing_of(image)
+        image = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
+        if spacing is not None and image.device.type == "cuda":
+            spacing = spacing.pin_memory().to(device, non_blocking=True)  # the host does not wait for the device
+        if self._generator is None or self._generator.device != image.device:
+            self._generator = torch.Generator(image.device).manual_seed(self._device_seed)
+        return image, kspace.as_spacing(spacing, image), self._generator
+
+
+class PrepareMaskedBatch(PrepareBatchOnDevice):
     """Noise and masks for a whole batch on the device: MONAI's ``prepare_batch`` of pretraining.
 
     The masks are drawn from the clean image, the network sees the noisy one.
@@ -119,15 +153,7 @@ class PrepareMaskedBatch(PrepareBatch, Randomizable):
     ) -> None:
         self.mask, self.noise = mask, noise
         self.predict_visible = predict_visible
-        self.image_key = image_key
-        self.set_random_state(seed)
-
-    def set_random_state(self, seed=None, state=None) -> PrepareMaskedBatch:
-        """As of MONAI's Randomizable; the generator of the device starts anew as well."""
-        super().set_random_state(seed, state)
-        self._generator: torch.Generator | None = None
-        self._device_seed = int(self.R.randint(2**31))
-        return self
+        super().__init__(image_key, seed)
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
@@ -138,17 +164,9 @@ class PrepareMaskedBatch(PrepareBatch, Randomizable):
         The targets are ``image`` (clean), ``noisy``, ``mask`` and ``keep`` (indices), ``energy`` and ``foreground`` of
         the patches, and ``spacing``.
         """
-        image = batchdata[self.image_key]
-        spacing = kspace.spacing_of(image)
-        image = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
-        if spacing is not None and image.device.type == "cuda":
-            spacing = spacing.pin_memory().to(device, non_blocking=True)  # the host does not wait for the device
-        spacing = kspace.as_spacing(spacing, image)
-        if self._generator is None or self._generator.device != image.device:
-            self._generator = torch.Generator(image.device).manual_seed(self._device_seed)
-
-        indices, energy, foreground = self.mask(image, spacing, self._generator)
-        noisy = image if self.noise is None else self.noise(image, spacing, self._generator, self.R)
+        image, spacing, generator = self.load(batchdata, device, non_blocking, **kwargs)
+        indices, energy, foreground = self.mask(image, spacing, generator)
+        noisy = image if self.noise is None else self.noise(image, spacing, generator, self.R)
         target = {
             "image": image,
             "noisy": noisy,

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.engines import PrepareBatch
-from monai.transforms import InvertibleTransform, MapTransform, Randomizable
+from monai.transforms import InvertibleTransform, MapTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from . import kspace
 from .finetuning import is_null
 from .networks.dense import noise_level
+from .pretraining import PrepareBatchOnDevice
 
 __all__ = [
     "DataConsistencyd",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class PrepareDegradedBatch(PrepareBatch, Randomizable):
+class PrepareDegradedBatch(PrepareBatchOnDevice):
     """Degrades a batch of clean images on the device: MONAI's ``prepare_batch`` of the restoration tasks.
 
     Fourier transforms wrap around at the border of a crop, where a scan goes on. So crops come with a margin, which is
@@ -53,15 +53,8 @@ class PrepareDegradedBatch(PrepareBatch, Randomizable):
     def __init__(self, degradation: Any, margin: int = 0, image_key: str = "image", seed: int = 0) -> None:
         if margin < 0:
             raise ValueError(f"margin must be 0 or more, got {margin}.")
-        self.degradation, self.margin, self.image_key = degradation, margin, image_key
-        self.set_random_state(seed)
-
-    def set_random_state(self, seed=None, state=None) -> PrepareDegradedBatch:
-        """As of MONAI's Randomizable; the generator of the device starts anew as well."""
-        super().set_random_state(seed, state)
-        self._generator: torch.Generator | None = None
-        self._device_seed = int(self.R.randint(2**31))
-        return self
+        self.degradation, self.margin = degradation, margin
+        super().__init__(image_key, seed)
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
@@ -70,18 +63,15 @@ class PrepareDegradedBatch(PrepareBatch, Randomizable):
 
         All are ``(B, C, *S)`` with ``S`` less twice the margin.
         """
-        image = batchdata[self.image_key]
-        if min(image.shape[2:]) <= 2 * self.margin:
+        sides = tuple(batchdata[self.image_key].shape[2:])
+        if min(sides) <= 2 * self.margin:
             raise ValueError(
-                f"crops of {tuple(image.shape[2:])} voxels are used up by a margin of {self.margin} at each end: make "
-                "them roi_size + 2 * margin."
+                f"crops of {sides} voxels are used up by a margin of {self.margin} at each end: make them roi_size + "
+                "2 * margin."
             )
-        spacing = kspace.spacing_of(image)
-        clean = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
+        clean, spacing, generator = self.load(batchdata, device, non_blocking, **kwargs)
         clean = clean.clamp(min=0)
-        if self._generator is None or self._generator.device != clean.device:
-            self._generator = torch.Generator(clean.device).manual_seed(self._device_seed)
-        degraded = self.degradation(clean, spacing, self._generator, self.R)
+        degraded = self.degradation(clean, spacing, generator, self.R)
         inner = (..., *(slice(self.margin, side - self.margin) for side in clean.shape[2:]))
         clean, degraded = clean[inner].contiguous(), degraded[inner].contiguous()
         return degraded, {"clean": clean, "degraded": degraded}, (), {}
