@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from .. import kspace
+from .seeded import SeededTransform, SeededTransformd
 
 __all__ = ["RandReducedResolution", "RandReducedResolutiond", "ResolutionSampler", "reduce_resolution"]
 
@@ -127,7 +127,7 @@ class ResolutionSampler:
         return reduce_resolution(image, self.drawn["factor"])
 
 
-class RandReducedResolution(RandomizableTransform):
+class RandReducedResolution(SeededTransform):
     """Lower resolution of one image ``(C, *S)``, on the same grid.
 
     Args:
@@ -135,16 +135,9 @@ class RandReducedResolution(RandomizableTransform):
         kwargs: see :class:`ResolutionSampler`.
     """
 
-    backend = [TransformBackends.TORCH]
-
     def __init__(self, prob: float = 1.0, **kwargs) -> None:
-        RandomizableTransform.__init__(self, prob)
+        super().__init__(prob)
         self.sampler = ResolutionSampler(**kwargs)
-        self._seed = 0
-
-    def randomize(self, data=None) -> None:
-        super().randomize(None)
-        self._seed = int(self.R.randint(2**31))
 
     def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
         img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
@@ -152,11 +145,11 @@ class RandReducedResolution(RandomizableTransform):
             self.randomize()
         if not self._do_transform:
             return img
-        generator = torch.Generator(img.device).manual_seed(self._seed)
-        return convert_to_dst_type(self.sampler(img.as_subclass(Tensor)[None], generator=generator)[0], img)[0]
+        reduced = self.sampler(img.as_subclass(Tensor)[None], generator=self.generator(img.device))[0]
+        return convert_to_dst_type(reduced, img)[0]
 
 
-class RandReducedResolutiond(RandomizableTransform, MapTransform):
+class RandReducedResolutiond(SeededTransformd):
     """Dictionary twin of :class:`RandReducedResolution`; all keys get the same factors.
 
     Args:
@@ -166,23 +159,14 @@ class RandReducedResolutiond(RandomizableTransform, MapTransform):
         kwargs: see :class:`ResolutionSampler`.
     """
 
-    backend = RandReducedResolution.backend
-
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        RandomizableTransform.__init__(self, prob)
-        self.reduce = RandReducedResolution(prob=1.0, **kwargs)
-
-    def set_random_state(self, seed=None, state=None) -> RandReducedResolutiond:
-        super().set_random_state(seed, state)
-        self.reduce.set_random_state(seed, state)
-        return self
+        super().__init__(keys, RandReducedResolution(prob=1.0, **kwargs), prob, allow_missing_keys)
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
         d = dict(data)
         self.randomize(None)
-        self.reduce.randomize()
+        self.transform.randomize()
         for key in self.key_iterator(d):
             untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
-            d[key] = self.reduce(untouched, randomize=False) if self._do_transform else untouched
+            d[key] = self.transform(untouched, randomize=False) if self._do_transform else untouched
         return d

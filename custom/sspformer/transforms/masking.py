@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
 from torch import Tensor
 
 from .. import kspace
+from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
     "MaskIndices",
@@ -330,7 +330,7 @@ class MaskSampler:
         )
 
 
-class RandInverseFrequencyMask(RandomizableTransform):
+class RandInverseFrequencyMask(SeededTransform):
     """Voxel mask of one image ``(C, *S)`` by inverse frequency projection; spacing is read from a MetaTensor.
 
     Returns a mask ``(1, *S)`` of the image's own grid and affine: 1 where masked, 0 where visible, uint8.
@@ -342,16 +342,9 @@ class RandInverseFrequencyMask(RandomizableTransform):
         kwargs: further settings of :func:`inverse_frequency_mask`.
     """
 
-    backend = [TransformBackends.TORCH]
-
     def __init__(self, patch_size: Sequence[int] | int, ratio: float = 0.75, beta: float = 1.0, **kwargs) -> None:
-        RandomizableTransform.__init__(self, prob=1.0)
+        super().__init__()
         self.patch_size, self.ratio, self.beta, self.kwargs = patch_size, ratio, beta, kwargs
-        self._seed = 0
-
-    def randomize(self, data=None) -> None:
-        super().randomize(None)
-        self._seed = int(self.R.randint(2**31))
 
     def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
         img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
@@ -359,8 +352,7 @@ class RandInverseFrequencyMask(RandomizableTransform):
             self.randomize()
         image = img.as_subclass(Tensor)[None]
         sampler = MaskSampler(self.patch_size, image.ndim - 2, self.ratio, self.beta, **self.kwargs)
-        generator = torch.Generator(img.device).manual_seed(self._seed)
-        indices, *_ = sampler(image, kspace.spacing_of(img), generator)
+        indices, *_ = sampler(image, kspace.spacing_of(img), self.generator(img.device))
         mask = voxel_mask(indices, image.shape[2:], sampler.patch_size)[0]
         return convert_to_dst_type(mask, img, dtype=torch.uint8)[0]
 
@@ -374,7 +366,7 @@ def voxel_mask(indices: MaskIndices, image_size: Sequence[int], patch_size: Sequ
     return mask[(..., *(slice(0, side) for side in image_size))]
 
 
-class RandInverseFrequencyMaskd(RandomizableTransform, MapTransform):
+class RandInverseFrequencyMaskd(SeededTransformd):
     """Dictionary twin of :class:`RandInverseFrequencyMask`: adds ``{key}_{mask_key_postfix}`` beside each image.
 
     Args:
@@ -385,8 +377,6 @@ class RandInverseFrequencyMaskd(RandomizableTransform, MapTransform):
         kwargs: see :class:`RandInverseFrequencyMask`.
     """
 
-    backend = RandInverseFrequencyMask.backend
-
     def __init__(
         self,
         keys: KeysCollection,
@@ -395,18 +385,11 @@ class RandInverseFrequencyMaskd(RandomizableTransform, MapTransform):
         allow_missing_keys: bool = False,
         **kwargs,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        RandomizableTransform.__init__(self, prob=1.0)
+        super().__init__(keys, RandInverseFrequencyMask(patch_size, **kwargs), allow_missing_keys=allow_missing_keys)
         self.mask_key_postfix = mask_key_postfix
-        self.mask = RandInverseFrequencyMask(patch_size, **kwargs)
-
-    def set_random_state(self, seed=None, state=None) -> RandInverseFrequencyMaskd:
-        super().set_random_state(seed, state)
-        self.mask.set_random_state(seed, state)
-        return self
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[f"{key}_{self.mask_key_postfix}"] = self.mask(d[key])
+            d[f"{key}_{self.mask_key_postfix}"] = self.transform(d[key])
         return d

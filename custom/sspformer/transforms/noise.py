@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from .. import kspace
+from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
     "NoiseSampler",
@@ -286,7 +286,7 @@ def _range(name: str, value: float | Sequence[float], low: float, high: float) -
     return float(bounds[0]), float(bounds[1])
 
 
-class RandFrequencyWeightedNoise(RandomizableTransform):
+class RandFrequencyWeightedNoise(SeededTransform):
     """Frequency-weighted FFT noise on one magnitude image ``(C, *S)``; spacing is read from a MetaTensor.
 
     Args:
@@ -297,16 +297,9 @@ class RandFrequencyWeightedNoise(RandomizableTransform):
         ValueError: on an image with negative values: a magnitude image has none, so put this before z-scoring.
     """
 
-    backend = [TransformBackends.TORCH]
-
     def __init__(self, prob: float = 1.0, **kwargs) -> None:
-        RandomizableTransform.__init__(self, prob)
+        super().__init__(prob)
         self.sampler = NoiseSampler(**kwargs)
-        self._seed = 0
-
-    def randomize(self, data=None) -> None:
-        super().randomize(None)
-        self._seed = int(self.R.randint(2**31))
 
     def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
         img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
@@ -319,14 +312,16 @@ class RandFrequencyWeightedNoise(RandomizableTransform):
                 f"{type(self).__name__} got an image with values down to {float(img.min()):.3g}; a magnitude image has "
                 "none below 0: apply it before z-scoring, after scaling to [0, 1]."
             )
-        generator = torch.Generator(img.device).manual_seed(self._seed)
         noisy = self.sampler(
-            img.as_subclass(Tensor)[None], kspace.spacing_of(img), generator, np.random.RandomState(self._seed)
+            img.as_subclass(Tensor)[None],
+            kspace.spacing_of(img),
+            self.generator(img.device),
+            np.random.RandomState(self._seed),
         )[0]
         return convert_to_dst_type(noisy, img)[0]
 
 
-class RandFrequencyWeightedNoised(RandomizableTransform, MapTransform):
+class RandFrequencyWeightedNoised(SeededTransformd):
     """Dictionary twin of :class:`RandFrequencyWeightedNoise`; each key gets noise of its own.
 
     Args:
@@ -336,22 +331,13 @@ class RandFrequencyWeightedNoised(RandomizableTransform, MapTransform):
         kwargs: see :class:`NoiseSampler`.
     """
 
-    backend = RandFrequencyWeightedNoise.backend
-
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        RandomizableTransform.__init__(self, prob)
-        self.noise = RandFrequencyWeightedNoise(prob=1.0, **kwargs)
-
-    def set_random_state(self, seed=None, state=None) -> RandFrequencyWeightedNoised:
-        super().set_random_state(seed, state)
-        self.noise.set_random_state(seed, state)
-        return self
+        super().__init__(keys, RandFrequencyWeightedNoise(prob=1.0, **kwargs), prob, allow_missing_keys)
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
         d = dict(data)
         self.randomize(None)
         for key in self.key_iterator(d):
             untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
-            d[key] = self.noise(untouched) if self._do_transform else untouched
+            d[key] = self.transform(untouched) if self._do_transform else untouched
         return d
