@@ -140,7 +140,7 @@ for task in "${tasks[@]}"; do
     --pretrained "$encoder_path" "${budget[@]}" ${of_task[@]+"${of_task[@]}"}
   say "Scoring $task on the scans that were held out"
   bundle evaluating "$(configs evaluate)" --dataset_dir "$where/datalist.json" --output_dir "$where/evaluation" \
-    --weights "$where/models/model.pt" --max_pictures 1 ${of_task[@]+"${of_task[@]}"}
+    --weights "$where/models/model.pt" --max_pictures 2 ${of_task[@]+"${of_task[@]}"}
   one_scan="$("$python" -c "$held_out" "$where/datalist.json" "$where/one_scan.json")"
   if [[ -z "$one_scan" ]]; then
     say "No scan is 3D: $task is not run on a new one, split 4D files into volumes for that"

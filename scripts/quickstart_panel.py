@@ -9,6 +9,7 @@ OUTPUT_DIR/quickstart.png.
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,26 +17,33 @@ from pathlib import Path
 import matplotlib.image
 from matplotlib.figure import Figure
 
-#: step: its pictures, title
-STEPS = {
-    "pretrain": ("pretrain/pictures/epoch_*.png", "Pretraining: hidden patches of held-out scans, redrawn"),
-    "segmentation": (
-        "segmentation/evaluation/pictures/*.png",
-        "Segmentation of a held-out scan: truth and prediction",
-    ),
-    "denoising": ("denoising/evaluation/pictures/*.png", "Denoising of a held-out scan"),
+#: task: how many held-out scans to show, title
+TASKS = {
+    "segmentation": (2, "Segmentation of held-out scans: truth and prediction"),
+    "denoising": (1, "Denoising of a held-out scan"),
 }
-TASKS = list(STEPS)[1:]
+
+
+def evaluated(folder: Path) -> list[Path]:
+    """Pictures of the scans that the last evaluation scored, in its order; the folder may have those of others."""
+    if not (folder / "metrics.csv").is_file():
+        return []
+    with (folder / "metrics.csv").open(newline="") as file:
+        names = dict.fromkeys(row["name"] for row in csv.DictReader(file))
+    return [picture for name in names if (picture := folder / "pictures" / f"{name}.png").is_file()]
 
 
 def main(output_dir: Path, tasks: Sequence[str]) -> None:
-    shown = []
-    for step in ("pretrain", *tasks):
-        pattern, title = STEPS[step]
-        # the newest: the folder may have others, of a run on other scans
-        pictures = sorted(output_dir.glob(pattern), key=lambda picture: (picture.stat().st_mtime, picture.name))
-        if pictures:
-            shown.append((title, matplotlib.image.imread(pictures[-1])))
+    epochs = sorted((output_dir / "pretrain" / "pictures").glob("epoch_*.png"), key=lambda path: path.stat().st_mtime)
+    groups = [("Pretraining: hidden patches of held-out scans, redrawn", epochs[-1:])]
+    for task in tasks:
+        count, title = TASKS[task]
+        groups.append((title, evaluated(output_dir / task / "evaluation")[:count]))
+    shown = [
+        (title if picture == pictures[0] else "", matplotlib.image.imread(picture))
+        for title, pictures in groups
+        for picture in pictures
+    ]
     if not shown:
         sys.exit(f"no pictures below {output_dir}: has quickstart.sh run to its end?")
     width = 12.0
@@ -53,5 +61,5 @@ def main(output_dir: Path, tasks: Sequence[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="of quickstart.sh")
-    parser.add_argument("tasks", nargs="*", default=TASKS, help=f"of this run (default: {' '.join(TASKS)})")
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of this run (default: {' '.join(TASKS)})")
     main(**vars(parser.parse_args()))

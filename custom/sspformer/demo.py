@@ -25,7 +25,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 __all__ = ["LABELS", "make_demo_dataset"]
 
-VERSION = 2  # raise it when the images made from the same seed change
+VERSION = 3  # raise it when the images made from the same seed change
 MARKER = "demo.json"
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2, "cerebrospinal fluid": 3}
 STATEMENT = "variations of one averaged brain; not real subjects; not to learn from"
@@ -62,10 +62,10 @@ PROTOCOLS = (
     Protocol("RAS", (1.5, 1.5, 1.5), "t1", 2.0, 1000, 0.02),
     Protocol("LAS", (1.0, 1.0, 4.0), "t2", 1.0, 400, 0.02, tilt=10.0),
     Protocol("LPS", (1.5, 1.5, 2.0), "t1", 3.0, 4000, 0.03, tilt=-5.0),
-    Protocol("PIL", (1.2, 1.2, 1.5), "t1", 2.5, 255, 0.02),
+    Protocol("PIL", (1.2, 1.2, 1.5), "t2", 1.2, 255, 0.02),
     Protocol("RSA", (1.5, 1.5, 1.5), "t1", 1.5, 12000, 0.04),
     Protocol("RAS", (2.0, 2.0, 2.0), "t2", 1.5, 1000, 0.03),
-    Protocol("LAS", (1.0, 1.0, 1.2), "t1", 2.5, 600, 0.02),
+    Protocol("LAS", (1.0, 1.0, 1.2), "t2", 1.0, 600, 0.02),
     Protocol("ASL", (1.5, 1.5, 1.5), "t1", 3.5, 3000, 0.01),
     Protocol("LPS", (1.2, 1.2, 2.0), "t2", 0.8, 2000, 0.02),
     Protocol("RPI", (2.0, 1.5, 1.5), "t1", 2.0, 800, 0.03, tilt=7.0),
