@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 from _common import RESULTS, facts, print_table, write_csv
 
+from sspformer.evaluation import bootstrap_interval
+
 ROOT = Path(__file__).resolve().parent.parent
 #: task: overlays, options for equal budgets, what is tested on
 TASKS = {
     "brain_structures": {
         "overlays": [],
         "options": ["--batch_size", "2"],
-        "steps": 100,
+        "steps": 200,
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
     },
     "hippocampus": {
@@ -46,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--labels", nargs="+", default=["10", "all"], help="labelled training subjects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--starts", nargs="+", default=["pretrained", "scratch"], choices=["pretrained", "scratch"])
-    parser.add_argument("--steps", type=int, help="default: 100 for brain structures, 60 for the hippocampus")
+    parser.add_argument("--steps", type=int, help="default: 200 for brain structures, 60 for the hippocampus")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "finetuning")
     return parser.parse_args()
 
@@ -151,7 +153,6 @@ def main() -> None:
 
 def summarise(rows: list[dict]) -> list[dict]:
     """Mean Dice of each arm over subjects and seeds, the seeds' own means, and the paired gain of pretraining."""
-    generator = np.random.default_rng(0)
     table = []
     for task, n_labels in dict.fromkeys((row["task"], row["n_labels"]) for row in rows):
         means = {}
@@ -170,7 +171,7 @@ def summarise(rows: list[dict]) -> list[dict]:
                     "subjects": dice.shape[1],
                     "dice": round(float(dice.mean()), 4),
                     "of_each_seed": " ".join(f"{value:.4f}" for value in dice.mean(axis=1)),
-                    **interval("dice", dice.mean(axis=0), generator),
+                    **interval(dice.mean(axis=0)),
                 }
             )
         if len(means) == 2:
@@ -183,17 +184,15 @@ def summarise(rows: list[dict]) -> list[dict]:
                     "subjects": len(gain),
                     "dice": round(float(gain.mean()), 4),
                     "of_each_seed": "",
-                    **interval("dice", gain, generator),
+                    **interval(gain),
                 }
             )
     return table
 
 
-def interval(name: str, values: np.ndarray, generator: np.random.Generator) -> dict[str, float]:
-    """Bootstrap 95 % interval of the mean over subjects."""
-    means = generator.choice(values, (2000, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {f"{name}_low": round(float(low), 4), f"{name}_high": round(float(high), 4)}
+def interval(scores: np.ndarray) -> dict[str, float]:
+    low, high = bootstrap_interval(scores)
+    return {"dice_low": round(low, 4), "dice_high": round(high, 4)}
 
 
 if __name__ == "__main__":
