@@ -1,6 +1,6 @@
 """k-space of MRI images: the one place that knows Fourier conventions and physical frequency.
 
-Conventions (METHOD.md, "Conventions"):
+Conventions (the bundle's docs/METHOD.md, "Conventions"):
 
 - Images are batches ``(B, C, *S)`` with two or three spatial sides ``S``. Transforms run over the spatial axes only,
   with ``norm="ortho"``, so that they keep energy (Parseval).
