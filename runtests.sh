@@ -9,7 +9,7 @@ export PYTHONPATH="$root/custom${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # threads that wait actively starve beside another process
 
 folders=()
-for folder in custom tests benchmarks scripts; do
+for folder in custom tests benchmarks scripts examples; do
   if [[ -d "$folder" ]]; then folders+=("$folder"); fi
 done
 echo "== ruff check"

@@ -21,7 +21,7 @@ import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
 from ignite.handlers.tqdm_logger import ProgressBar
 from monai.engines.utils import IterationEvents
-from monai.handlers import CheckpointLoader, ValidationHandler
+from monai.handlers import CheckpointLoader, MLFlowHandler, ValidationHandler
 from monai.utils import str2bool
 
 from .transforms.masking import MaskSampler
@@ -39,8 +39,10 @@ __all__ = [
     "SaveEncoder",
     "SeedEpoch",
     "Validation",
+    "close_tracking",
     "errors_last",
     "find_checkpoint",
+    "log_config",
     "save_atomically",
     "save_network",
 ]
@@ -142,6 +144,9 @@ class Validation(ValidationHandler):
     """MONAI's ``ValidationHandler`` that validates after the last epoch as well, whatever the interval."""
 
     def attach(self, engine: Engine) -> None:
+        if self.exec_at_start:
+            # epoch 1, as MONAI's evaluator runs twice from epoch 0
+            engine.add_event_handler(Events.STARTED, lambda: self.validator.run(1))
         engine.add_event_handler(_every_and_last(self.interval), self)
 
 
@@ -300,8 +305,10 @@ class History:
         self._batches = 0
 
     def accumulate(self, engine: Engine) -> None:
-        self._loss = self._loss + engine.state.output["loss"].detach()
+        loss = engine.state.output["loss"].detach()
+        self._loss = self._loss + loss
         self._batches += 1
+        engine.state.output = [{"loss": loss}]  # where MONAI's handlers (MLflow, statistics) look for it, undecollated
 
     def validated(self, evaluator: Engine, trainer: Engine) -> None:
         self._validated_epoch = trainer.state.epoch
@@ -404,6 +411,26 @@ def errors_last() -> None:
 
     hook.errors_last = True
     sys.excepthook = hook
+
+
+def log_config(handlers: Sequence[Any]) -> None:
+    """Let ``--tracking mlflow`` log the run's config with ``--output_dir`` given too; before the run, whose handlers
+    these are.
+
+    MONAI 1.6 writes it into ``output_dir``, and then looks for a file named ``/path + '/config_20261123_120000.json'``,
+    because it takes every ``output_dir`` for an expression.
+    """
+    for handler in handlers:
+        if isinstance(handler, MLFlowHandler):
+            paths = [re.sub(r" \+ '(/config_\w+\.json)'$", r"\1", path or "") for path in handler.artifacts]
+            handler.artifacts = tuple(paths)
+
+
+def close_tracking(handlers: Sequence[Any]) -> None:
+    """End what ``--tracking mlflow`` has begun for a validator without a trainer, which MONAI leaves open."""
+    for handler in handlers:
+        if isinstance(handler, MLFlowHandler):
+            handler.close()
 
 
 def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str | None:
