@@ -21,7 +21,7 @@ from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from sspformer.data import LoadScand
-from sspformer.inference import LoadWeights
+from sspformer.inference import StrictCheckpointLoader
 from sspformer.pretraining import above_mean
 from sspformer.restoration import ScaleByPercentiled
 from sspformer.visualize import axial_slice
@@ -116,7 +116,7 @@ def bundle_config(workflow: str, task: str, device: str) -> ConfigParser:
 
 def load_weights(network: nn.Module, path: Path) -> nn.Module:
     """The network with the weights of a file, for inference."""
-    LoadWeights(network, path)()
+    StrictCheckpointLoader(network, path)()
     return network.eval()
 
 

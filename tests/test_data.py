@@ -102,6 +102,36 @@ def dicom_series(folder, array=None, affine=None, series="1.2.3.4", names=None, 
     ]
 
 
+def enhanced_dicom(path, array, affine, series, part=slice(None), **elements):
+    """Writes a volume, or a part of its shuffled slices, as one enhanced file; the rest of `dicom_slice` is kept."""
+    order = random.Random(0).sample(range(array.shape[2]), array.shape[2])[part]
+    slices = [dicom_slice(array, affine, k, series, **elements) for k in order]
+    ds = slices[0]
+    shared, per_frame = Dataset(), []
+    macros = {
+        "PixelMeasures": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
+        "PlaneOrientation": ("ImageOrientationPatient",),
+        "PixelValueTransformation": ("RescaleSlope", "RescaleIntercept"),
+    }
+    for macro, keywords in macros.items():
+        inner = Dataset()
+        for keyword in keywords:
+            if keyword in ds:
+                setattr(inner, keyword, ds[keyword].value)
+                delattr(ds, keyword)
+        setattr(shared, f"{macro}Sequence", [inner])
+    for one in slices:
+        frame, plane = Dataset(), Dataset()
+        plane.ImagePositionPatient = one.ImagePositionPatient
+        frame.PlanePositionSequence = [plane]
+        per_frame.append(frame)
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = ENHANCED_MR_STORAGE
+    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], per_frame
+    ds.NumberOfFrames, ds.PixelData = len(slices), b"".join(one.PixelData for one in slices)
+    del ds.ImagePositionPatient
+    return save_dicom(ds, path)
+
+
 def refused(folder, **options):
     """The reasons of a refusal, as text."""
     with pytest.raises(ValueError) as caught:
@@ -596,24 +626,7 @@ def test_a_dicom_series_equals_its_nifti_twin(tmp_path):
 
 def test_an_enhanced_file_is_a_series(tmp_path):
     array, affine = voxels(), oblique_affine()
-    slices = [dicom_slice(array, affine, k, "1.2.3.6") for k in random.Random(0).sample(range(SHAPE[2]), SHAPE[2])]
-    ds = slices[0]
-    shared, per_frame = Dataset(), []
-    for macro, keyword in (("PixelMeasures", "PixelSpacing"), ("PlaneOrientation", "ImageOrientationPatient")):
-        inner = Dataset()
-        setattr(inner, keyword, ds[keyword].value)
-        setattr(shared, f"{macro}Sequence", [inner])
-        delattr(ds, keyword)
-    for one in slices:
-        frame, plane = Dataset(), Dataset()
-        plane.ImagePositionPatient = one.ImagePositionPatient
-        frame.PlanePositionSequence = [plane]
-        per_frame.append(frame)
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = ENHANCED_MR_STORAGE
-    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], per_frame
-    ds.NumberOfFrames, ds.PixelData = len(slices), b"".join(one.PixelData for one in slices)
-    del ds.ImagePositionPatient
-    save_dicom(ds, tmp_path / "enhanced.dcm")
+    enhanced_dicom(tmp_path / "enhanced.dcm", array, affine, "1.2.3.6")
     (item,) = prepare_datalist(tmp_path)["training"]
     assert_twin(LoadScand()(item)["image"], array, affine)
 

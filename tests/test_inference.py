@@ -363,20 +363,20 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
     path, own = tmp_path / "model.pt", network()
     torch.save({"network": own.half().state_dict(), "epoch": 3}, path)
     other = network()
-    inference.LoadWeights(other, path)()
+    inference.StrictCheckpointLoader(other, path)()
     assert all(torch.equal(value, own.state_dict()[name].to(value)) for name, value in other.state_dict().items())
     with pytest.raises(ValueError, match=r"18 output.*network 4: .*#out_channels 18 and --class_names .* 17 labels"):
-        inference.LoadWeights(network(out_channels=4), path)()
+        inference.StrictCheckpointLoader(network(out_channels=4), path)()
     tasks = ["denoising.json", "super_resolution.json"]
     for task, wrong in (tasks, tasks[::-1]):
         torch.save(network(task).state_dict(), path)
-        inference.LoadWeights(network(task), path)()
+        inference.StrictCheckpointLoader(network(task), path)()
         with pytest.raises(ValueError, match="are of another model: .*Add the overlay"):
-            inference.LoadWeights(network(wrong), path)()
+            inference.StrictCheckpointLoader(network(wrong), path)()
     torch.nn.init.constant_(own.head.bias, float("nan"))
     torch.save(own.state_dict(), path)
     with pytest.raises(ValueError, match="NaN or infinite in 1 tensors, such as head.bias"):
-        inference.LoadWeights(other, path)()
+        inference.StrictCheckpointLoader(other, path)()
 
 
 def test_one_scan_of_a_datalist(tmp_path):

@@ -2,16 +2,17 @@
 
 The parts, by what they know: ``kspace`` (Fourier conventions, physical frequency), ``transforms`` (masking and noise),
 ``networks``, ``losses``; ``pretraining``, ``finetuning``, ``restoration``, ``evaluation``, ``inference``, ``handlers``
-(the tie into MONAI's engines); ``visualize``, ``data`` (scans on disk), ``demo``.
+(the tie into MONAI's engines); ``visualize``, ``data`` (scans on disk), ``dicom`` (results as such), ``demo``.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # A bundle's config imports this package while its folder is on sys.path, in some clients for that moment only: so
 # import it all here.
 from . import (
     data,
     demo,
+    dicom,
     evaluation,
     finetuning,
     handlers,
@@ -28,6 +29,7 @@ from . import (
 __all__ = [
     "data",
     "demo",
+    "dicom",
     "evaluation",
     "finetuning",
     "handlers",

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor
 
 from .data.checking import digest, stats, write_atomically
-from .data.naming import NIFTI_SUFFIX
+from .data.naming import NIFTI_SUFFIX, stem
 from .visualize import restoration_panel, segmentation_panel
 
 __all__ = [
@@ -36,11 +37,12 @@ __all__ = [
     "InferenceEvaluator",
     "InferenceReport",
     "InvertArgmaxd",
-    "LoadWeights",
     "ResampleSpacingd",
     "SaveLikeInputd",
     "SavePictured",
+    "StrictCheckpointLoader",
     "argmax_on_grid",
+    "dicom_path",
     "output_path",
     "picture_path",
     "record_path",
@@ -293,6 +295,11 @@ def picture_path(name: str, output_dir: str | Path, postfix: str) -> Path:
     return Path(output_dir) / "pictures" / f"{name}_{postfix}.png"
 
 
+def dicom_path(name: str, output_dir: str | Path, postfix: str) -> Path:
+    """Where that prediction goes as DICOM: a file for a segmentation, a folder of slices for an image."""
+    return Path(output_dir) / f"{name}_{postfix}{'.dcm' if postfix == POSTFIX['segmentation'] else ''}"
+
+
 def record_path(name: str, output_dir: str | Path, postfix: str) -> Path:
     """Where it is written what that prediction was made from, see :func:`unfinished`."""
     return Path(output_dir) / f"{name}_{postfix}.json"
@@ -306,8 +313,9 @@ def unfinished(
     options: Mapping[str, Any],
     pictures: bool = False,
     overwrite: bool = False,
+    dicom: bool = False,
 ) -> list[Mapping[str, Any]]:
-    """The items that are still to do, so that an interrupted batch goes on where it stopped.
+    """The items, of which some are done already, so that an interrupted batch goes on where it stopped.
 
     An output counts as done if the record beside it says that it was made from the same file, weights and options.
 
@@ -319,32 +327,40 @@ def unfinished(
         options: whatever else shapes an output; compared as text.
         pictures: each output needs a picture as well.
         overwrite: all are to do.
+        dicom: each output of a DICOM series needs a DICOM one as well.
 
     Returns:
-        the items, each with its ``record`` (JSON); with a ``reason`` instead if another scan's output has its name.
+        the items: with ``done``; or, still to do, with their ``record`` (JSON); or with a ``reason`` if another scan's
+        output has their name.
     """
-    pictures, overwrite = str2bool(pictures), str2bool(overwrite)  # the command line gives "false" as a string
-    to_do = []
+    pictures, overwrite, dicom = map(str2bool, (pictures, overwrite, dicom))  # strings from the command line
+    items = []
     for item in inputs:
         if item.get("reason"):
-            to_do.append(item)
+            items.append(item)
             continue
         record = _record(item["image"], weights, options)
         where = (item["name"], output_dir, postfix)
-        output, picture, before = output_path(*where), picture_path(*where), record_path(*where)
+        output, before = output_path(*where), record_path(*where)
+        beside = [picture_path(*where)] if pictures else []
+        beside += [dicom_path(*where)] if dicom and not isinstance(item["image"], (str, os.PathLike)) else []
         written = before.read_text() if output.is_file() and before.is_file() else ""
         source = json.loads(written)["source"] if written else ""
         if overwrite or source in ("", json.loads(record)["source"]):
-            drawn = not pictures or (picture.is_file() and picture.stat().st_mtime_ns >= output.stat().st_mtime_ns)
-            if overwrite or written != record or not drawn:
-                to_do.append({**item, "record": record})
+            to_do = overwrite or written != record or not all(_is_newer(path, output) for path in beside)
+            items.append({**item, **({"record": record} if to_do else {"done": True})})
         else:
             reason = (
                 f"{output} is there already, made from {source}: give another output_dir, or replace it with "
                 "--overwrite true"
             )
-            to_do.append({"name": item["name"], "source": item.get("source", ""), "reason": reason})
-    return to_do
+            items.append({"name": item["name"], "source": item.get("source", ""), "reason": reason})
+    return items
+
+
+def _is_newer(path: Path, output: Path) -> bool:
+    """Whether what goes beside an output is there, and of this output."""
+    return path.exists() and path.stat().st_mtime_ns >= output.stat().st_mtime_ns
 
 
 def _record(image: str | Sequence[str], weights: str | Path, options: Mapping[str, Any]) -> str:
@@ -366,15 +382,25 @@ def _record(image: str | Sequence[str], weights: str | Path, options: Mapping[st
 class InferenceDataset(Dataset):
     """MONAI's ``Dataset`` that gives the reason in place of a scan that cannot be read or preprocessed.
 
-    Items are those of :func:`sspformer.data.find_inputs`; one with a ``reason`` keeps it.
+    Items are those of :func:`sspformer.data.find_inputs`; one with a ``reason`` keeps it, one of a DICOM series keeps
+    its ``files``. Those that are ``done`` are left out, and are in ``items`` alone. A client's own list may be of
+    ``{"image": path}``: then names are those of the files.
     """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable | None = None) -> None:
+        names = [item.get("name") or stem(Path(_first_file(item["image"])).name) for item in data]
+        count = Counter(names)
+        names = [name if count[name] == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
+        self.items = [{**item, "name": name} for item, name in zip(data, names)]
+        super().__init__([item for item in self.items if not item.get("done")], transform)
 
     def _transform(self, index: int) -> dict[str, Any]:
         item = self.data[index]
         reason = item.get("reason")
         if not reason:
             try:
-                return super()._transform(index)
+                files = {} if isinstance(item["image"], (str, os.PathLike)) else {"files": list(item["image"])}
+                return {**super()._transform(index), **files}
             except Exception as error:  # whatever is wrong with this scan, the others do not suffer
                 reason = _reason(error)
         return {"name": item["name"], "reason": reason}
@@ -399,6 +425,10 @@ class InferenceEvaluator(SupervisedEvaluator):
             return {"reason": _reason(error)}
 
 
+def _first_file(image: str | Sequence[str]) -> str:
+    return str(image if isinstance(image, (str, os.PathLike)) else image[0])
+
+
 def _reason(error: BaseException) -> str:
     """The message of an exception, without what MONAI's transforms wrap around it."""
     while str(error).startswith("applying transform") and error.__cause__ is not None:
@@ -408,31 +438,35 @@ def _reason(error: BaseException) -> str:
 
 class InferenceReport:
     """Writes ``inference.csv``, a row a scan: name, status (written, already there, failed), seconds, reason, source;
-    and beside each output the record of what it was made from, see :func:`unfinished`.
+    and beside each output the record of what it was made from, see :func:`unfinished`. For an evaluator of an
+    :class:`InferenceDataset`.
 
     Args:
-        inputs: all items of :func:`sspformer.data.find_inputs`.
         output_dir: of the outputs and the report.
         postfix: of the outputs.
     """
 
     COLUMNS = ("name", "status", "seconds", "reason", "source")
 
-    def __init__(self, inputs: Sequence[Mapping[str, Any]], output_dir: str | Path, postfix: str) -> None:
-        self.sources = {item["name"]: str(item.get("source", "")) for item in inputs}
+    def __init__(self, output_dir: str | Path, postfix: str) -> None:
+        self.sources: dict[str, str] = {}
         self.path, self.postfix = Path(output_dir) / "inference.csv", postfix
         self.rows: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.start, engine.data_loader.dataset.data)
+        dataset = engine.data_loader.dataset
+        self.sources = {item["name"]: str(item.get("source", "")) for item in dataset.items}
+        engine.add_event_handler(Events.STARTED, self.start, dataset.data)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self.start_clock)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.count)
 
     def start(self, engine: Engine, to_do: Sequence[Mapping[str, Any]]) -> None:
         names = {item["name"] for item in to_do}
         self.records = {item["name"]: item["record"] for item in to_do if "record" in item}
-        for name in self.records:  # that of before must not vouch for what is written from now on
-            record_path(name, self.path.parent, self.postfix).unlink(missing_ok=True)
+        for item in to_do:  # the record of before must not vouch for what is written from now on
+            if not item.get("reason"):
+                record_path(item["name"], self.path.parent, self.postfix).unlink(missing_ok=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
             csv.DictWriter(file, self.COLUMNS).writeheader()
@@ -459,6 +493,12 @@ class InferenceReport:
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
 
+    def count(self, engine: Engine) -> None:
+        """Numbers of scans, and seconds, as the engine's metrics: what ``--tracking mlflow`` logs."""
+        for status in ("written", "failed"):
+            engine.state.metrics[status] = sum(row["status"] == status for row in self.rows)
+        engine.state.metrics["seconds"] = sum(row["seconds"] or 0 for row in self.rows)
+
     def finish(self) -> None:
         """Sum up; ends the program with status 1 and the list of the scans that failed, if any did."""
         count = {status: sum(row["status"] == status for row in self.rows) for status in ("written", "already there")}
@@ -473,8 +513,10 @@ class InferenceReport:
             raise SystemExit("\n".join([f"{len(failed)} of {len(self.sources)} scans failed:", *lines]))
 
 
-class LoadWeights:
+class StrictCheckpointLoader:
     """Loads a network's weights before the first batch: MONAI's ``CheckpointLoader`` with errors that say what to do.
+
+    By "CheckpointLoader" in its name MONAI's ``MonaiAlgo`` knows it, and disables it, as it brings weights of its own.
 
     Args:
         network: to load into.

@@ -20,7 +20,7 @@ from .reading import Unusable, by, check_size, read_dicom, without_ones
 
 logger = logging.getLogger("sspformer")
 
-CHECK_VERSION = 2  # raise it whenever the check below changes, so that results cached by an older one are not used
+CHECK_VERSION = 3  # raise it whenever the check below changes, so that results cached by an older one are not used
 NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
 
 

@@ -17,6 +17,7 @@ from .naming import NIFTI_NAME, NIFTI_SUFFIX, is_label_path, known_subject_of, s
 from .reading import reason_of
 
 SPLITS = ("training", "validation", "test")  # the lists of a datalist
+MR_STORAGE = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # MR images, enhanced ones
 
 
 @dataclass
@@ -59,11 +60,7 @@ class Scan:
 
 
 def find_scans(
-    dataset_dir: Path,
-    output_dir: Path | None,
-    num_workers: int,
-    cache: Cache,
-    given: Mapping[Path, dict] | None = None,
+    dataset_dir: Path, output_dir: Path | None, num_workers: int, cache: Cache, given: Mapping[Path, dict] | None = None
 ) -> tuple[list[Scan], list[PurePosixPath], int]:
     """Every NIfTI file and DICOM series (a broken one with its reason), the label maps, the number of other files.
 
@@ -107,7 +104,7 @@ def find_scans(
         elif is_dicom(path):
             dicom.append(path)
         elif path.suffix.lower() in (".dcm", ".ima") or is_datalist:
-            reason = "neither NIfTI nor DICOM" if path.exists() else reason_of(FileNotFoundError())
+            reason = _why_neither(path)
             kind = "DICOM" if path.suffix.lower() == ".dcm" else "?"
             scans.append(Scan([path], relative(path), kind, reason=reason, **known))
         else:
@@ -126,9 +123,12 @@ def find_scans(
             scans.append(Scan([path], relative(path), "DICOM", reason=head["reason"], **given[path]))
         elif head["modality"] in ("SEG", "RTSTRUCT"):
             labels.append(relative(path))
+        elif not head["image"] and not is_datalist:  # reports, display states, directories
+            others += 1
         else:
             uid = head["series"] or str(path.parent)
-            instance = head["instance"] if head["enhanced"] else ""  # an enhanced file is a series of its own
+            # an enhanced file is a series of its own, unless one too large was written as several
+            instance = (head["concatenation"] or head["instance"]) if head["enhanced"] else ""
             series[uid, instance, given[path].get("split")].append((path, head))
 
     dicom_scans: list[tuple[Scan, dict]] = []
@@ -257,7 +257,7 @@ def walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(here, name) for name in sorted(files) if not name.startswith(".") and name != "DICOMDIR")
+        yield from (Path(here, name) for name in sorted(files) if name[0] != "." and name.upper() != "DICOMDIR")
 
 
 def is_dicom(path: Path) -> bool:
@@ -266,6 +266,15 @@ def is_dicom(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
+
+
+def _why_neither(path: Path) -> str:
+    """Why a file that is meant to be a scan is none."""
+    if not path.exists():
+        return reason_of(FileNotFoundError())
+    if not path.stat().st_size:
+        return "empty file (0 bytes)"
+    return "neither NIfTI nor DICOM (dcmtk's dcmconv mends raw DICOM that lacks the mark DICM at byte 128)"
 
 
 def dicom_header(files: list[Path]) -> dict[str, str]:
@@ -278,5 +287,7 @@ def dicom_header(files: list[Path]) -> dict[str, str]:
         "patient": digest(ds.get("PatientID")),
         "number": str(ds.get("SeriesNumber") or "x"),
         "modality": str(ds.get("Modality") or ""),
+        "image": "yes" if ds.get("Rows") or ds.get("SOPClassUID") in MR_STORAGE else "",
         "enhanced": "yes" if int(ds.get("NumberOfFrames") or 1) > 1 else "",
+        "concatenation": digest(ds.get("ConcatenationUID")),
     }

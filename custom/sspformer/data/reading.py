@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import os
+import warnings
 import zlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +20,10 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import SpaceKeys
+
+for library in ("pydicom", "highdicom"):  # their warnings quote the header, such as a patient's name
+    warnings.filterwarnings("ignore", module=library)
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 DICOM_UNEVEN = 0.1  # largest deviation of a slice from its place in an even stack, as a fraction of the slice distance
 
@@ -117,9 +124,39 @@ def read_dicom(files: Sequence[str | Path], min_size: int = 2) -> tuple[np.ndarr
     Raises:
         Unusable: with the reason, when this is no stack of evenly spaced MR slices.
     """
-    datasets, frames, owner = [], [], []
+    stack = read_stack(files, min_size)
+    first = stack.datasets[0]
+    volume = np.empty((len(stack.frames), int(first.Rows), int(first.Columns)), np.float32)
+    images = (image for path, ds in zip(files, stack.datasets) for image in _dicom_pixels(ds, Path(path).name))
+    for place, frame, image in zip(volume, stack.frames, images, strict=True):
+        place[:] = image.astype(np.float32) * frame["slope"] + frame["intercept"]
+    order = list(dict.fromkeys(stack.frames[i]["file"] for i in stack.order))
+    return np.ascontiguousarray(volume[stack.order].T), stack.affine, order
+
+
+class DicomStack(NamedTuple):
+    """The headers of one MR series, and how its frames (slices) are stacked."""
+
+    datasets: list[pydicom.Dataset]  # of each file
+    frames: list[dict]  # as the files hold them: "file" (index), "number" in it (from 1), "position", "slope", ...
+    order: np.ndarray  # indices of the frames along the slice normal
+    affine: np.ndarray  # (4, 4), of (column, row, slice) to RAS mm
+
+
+def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = True) -> DicomStack:
+    """Reads the files of one series, and finds the order of the slices from their positions.
+
+    Args:
+        files: as for `read_dicom`.
+        min_size: as for `read_dicom`.
+        pixels: False: the datasets come without them.
+
+    Raises:
+        Unusable: with the reason, when this is no stack of evenly spaced MR slices.
+    """
+    datasets, frames = [], []
     for i, path in enumerate(files):
-        ds = pydicom.dcmread(path)
+        ds = pydicom.dcmread(path, stop_before_pixels=not pixels)
         if ds.get("Modality") != "MR":
             raise Unusable(f"not MR: the DICOM modality is {ds.get('Modality') or 'not given'}")
         if not ds.get("Rows") or not ds.get("Columns"):
@@ -129,22 +166,14 @@ def read_dicom(files: Sequence[str | Path], min_size: int = 2) -> tuple[np.ndarr
         datasets.append(ds)
         if (ds.Rows, ds.Columns) != (datasets[0].Rows, datasets[0].Columns):
             raise Unusable("its slices have different shapes")
-        of_file = list(_dicom_frames(ds))
-        frames += of_file
-        owner += [i] * len(of_file)
+        frames += [{"file": i, "number": n, **frame} for n, frame in enumerate(_dicom_frames(ds), 1)]
     order, affine = _stack_geometry(frames)
-    rows, columns = int(datasets[0].Rows), int(datasets[0].Columns)
-    check_size((columns, rows, len(frames)), min_size)
-
-    volume = np.empty((len(frames), rows, columns), np.float32)
-    images = (image for path, ds in zip(files, datasets) for image in _dicom_pixels(ds, Path(path).name))
-    for place, frame, image in zip(volume, frames, images, strict=True):
-        place[:] = image.astype(np.float32) * frame["slope"] + frame["intercept"]
-    return np.ascontiguousarray(volume[order].T), affine, list(dict.fromkeys(owner[i] for i in order))
+    check_size((int(datasets[0].Columns), int(datasets[0].Rows), len(frames)), min_size)
+    return DicomStack(datasets, frames, order, affine)
 
 
 def _dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
-    """Position, orientation, spacing and rescaling of each frame of a DICOM file (one frame, unless it is enhanced)."""
+    """Geometry and rescaling of each frame of a DICOM file (one frame, unless it is enhanced); "thickness" may be 0."""
     enhanced = ds.get("PerFrameFunctionalGroupsSequence")
     if not enhanced and int(ds.get("NumberOfFrames") or 1) > 1:
         raise Unusable("multi-frame DICOM without a position for each frame (convert it with dcm2niix)")
@@ -155,6 +184,7 @@ def _dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
             "position": np.array(look("PlanePositionSequence", "ImagePositionPatient"), float),
             "orientation": np.array(look("PlaneOrientationSequence", "ImageOrientationPatient"), float),
             "spacing": np.array(look("PixelMeasuresSequence", "PixelSpacing"), float),
+            "thickness": float(look("PixelMeasuresSequence", "SliceThickness", 0.0)),
             "slope": float(look("PixelValueTransformationSequence", "RescaleSlope", 1.0)),
             "intercept": float(look("PixelValueTransformationSequence", "RescaleIntercept", 0.0)),
         }
@@ -185,7 +215,10 @@ def _stack_geometry(frames: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         raise Unusable("zero or non-finite PixelSpacing in the DICOM header")
     for frame in frames:
         if not np.allclose(frame["orientation"], first["orientation"], atol=1e-3):
-            raise Unusable("its slices have different orientations (a localizer?)")
+            raise Unusable(
+                "its slices have different orientations (a localizer, or several stacks in one series; dcm2niix parts "
+                "them)"
+            )
         if not np.allclose(frame["spacing"], first["spacing"], rtol=1e-3):
             raise Unusable("its slices have different pixel spacings")
     if len(frames) < 2:

@@ -1,0 +1,476 @@
+"""Results as DICOM beside the NIfTI: structures as a DICOM SEG, a restored scan as a derived MR series.
+
+highdicom writes the SEG. Of MR images it has the base class alone, so what they hold besides stands here. The files
+carry the patient's identity, as they must to be filed with the scan; no message does.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.valuerep import DA, TM, format_number_as_ds
+
+from . import __version__
+from .data.checking import digest
+from .data.reading import DicomStack, Unusable, read_stack
+from .inference import POSTFIX, dicom_path
+from .visualize import class_colors
+
+__all__ = ["STRUCTURE_CODES", "SaveDicomd", "image_to_dicom", "import_highdicom", "segmentation_to_dicom"]
+
+logger = logging.getLogger("sspformer")
+
+PRODUCT, MODEL = "SSPFormer for MONAI", "sspformer_mri"
+PRIVATE_SCHEME = "99SSPFORMER"  # of structures without a standard code; names of private schemes begin with 99
+
+#: keyword in pydicom's dictionary of SNOMED CT of the structures that have a code
+STRUCTURE_CODES = {
+    "cortical grey matter": "CerebralGrayMatter",
+    "cerebral white matter": "CerebralWhiteMatter",
+    "lateral ventricles": "LateralVentricle",
+    "third ventricle": "ThirdVentricle",
+    "fourth ventricle": "FourthVentricle",
+    "cortical CSF": "CranialSubarachnoidSpace",
+    "thalamus": "Thalamus",
+    "caudate": "CaudateNucleus",
+    "putamen": "Putamen",
+    "pallidum": "GlobusPallidus",
+    "hippocampus": "Hippocampus",
+    "amygdala": "Amygdala",
+    "accumbens": "NucleusAccumbens",
+    "brain stem": "BrainStem",
+    "cerebellar grey matter": "CerebellarCortex",
+    "cerebellar white matter": "CerebellarWhiteMatter",
+}
+
+# What results take over from the scan. All else, such as private elements, the range of the stored values and the
+# matrix of the acquisition, does not hold for the new voxels.
+REQUIRED = """
+    PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName
+    PositionReferenceIndicator
+""".split()  # may be empty, but not absent
+IDENTITY = """
+    StudyInstanceUID FrameOfReferenceUID StudyDescription IssuerOfPatientID OtherPatientIDsSequence PatientAge
+    PatientSize PatientWeight EthnicGroup PatientComments PatientIdentityRemoved DeidentificationMethod
+    DeidentificationMethodCodeSequence IssuerOfAccessionNumberSequence ClinicalTrialSponsorName ClinicalTrialProtocolID
+    ClinicalTrialProtocolName ClinicalTrialSiteID ClinicalTrialSiteName ClinicalTrialSubjectID
+    ClinicalTrialSubjectReadingID ClinicalTrialTimePointID ClinicalTrialTimePointDescription
+""".split()
+EQUIPMENT = """
+    Manufacturer ManufacturerModelName SoftwareVersions DeviceSerialNumber InstitutionName InstitutionAddress
+    InstitutionalDepartmentName StationName
+""".split()
+LOSSY = "LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod".split()
+ACQUISITION = """
+    AcquisitionDate AcquisitionTime AcquisitionDateTime AcquisitionNumber BodyPartExamined AnatomicRegionSequence
+    Laterality ImageLaterality PatientPosition ProtocolName ContrastBolusAgent ContrastBolusAgentSequence
+    ContrastBolusRoute ContrastBolusVolume ScanningSequence SequenceVariant ScanOptions MRAcquisitionType SequenceName
+    AngioFlag RepetitionTime EchoTime EchoTrainLength InversionTime FlipAngle NumberOfAverages ImagingFrequency
+    ImagedNucleus EchoNumbers MagneticFieldStrength PixelBandwidth ReceiveCoilName
+""".split()
+VALID = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM, "PatientSex": ("", "F", "M", "O").index}
+
+
+class SaveDicomd(MapTransform):
+    """Writes predictions for DICOM series as DICOM too, see :func:`segmentation_to_dicom` and :func:`image_to_dicom`.
+
+    Items without ``files``, whose input was no DICOM series, are left alone.
+
+    Args:
+        keys: prediction as it was written, one key: ``(1, X, Y, Z)`` on the file's own axes, with affine to RAS mm.
+        output_dir: gets ``<name>_seg.dcm``, or the folder ``<name>_denoised`` or ``<name>_sr``.
+        task: "segmentation", "denoising" or "super_resolution".
+        class_names: of the structures without the background. None, or names that are not as many as the network's
+            classes: they are numbered.
+
+    Raises:
+        ImportError: if highdicom is missing, with what to install.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | Path, task: str, class_names: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(keys)
+        import_highdicom()
+        self.output_dir, self.task, self.class_names, self.told = output_dir, task, class_names, False
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(data):
+            if data.get("files"):
+                self.save(data[key], data["files"], data["name"])
+            elif not self.told:
+                logger.info("dicom: inputs that are no DICOM series get a NIfTI alone")
+                self.told = True
+        return dict(data)
+
+    def save(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+        """Writes one result. Raises ``ValueError`` with a reason that quotes nothing of the header."""
+        path, voxels = dicom_path(name, self.output_dir, POSTFIX[self.task]), pred.detach().cpu().numpy()[0]
+        try:
+            if self.task == "segmentation":
+                n_structures = int(pred.meta["n_classes"]) - 1
+                named = len(self.class_names or ()) == n_structures
+                names = self.class_names if named else [f"structure {i + 1}" for i in range(n_structures)]
+                segmentation_to_dicom(voxels, files, path, names)
+                if not voxels.any():
+                    logger.warning(f"{name}: no structure was found, the segments of its DICOM SEG are empty")
+            else:
+                image_to_dicom(voxels, np.asarray(pred.affine.cpu()), files, path, self.task)
+        except Exception as error:
+            reason = str(error) if isinstance(error, Unusable) else getattr(error, "strerror", None)
+            raise ValueError(f"no DICOM of {name}, only its NIfTI: {reason or type(error).__name__}") from error
+
+
+def import_highdicom():
+    """The module; raises ``ImportError`` with what to install."""
+    try:
+        import highdicom
+    except ImportError as error:
+        raise ImportError(
+            f"--dicom true needs highdicom ({error}): pip install highdicom==0.28.2, which needs pydicom 3, or leave "
+            "--dicom out for NIfTI alone."
+        ) from error
+    return highdicom
+
+
+def segmentation_to_dicom(
+    labels: np.ndarray, files: Sequence[str | Path], path: str | Path, names: Sequence[str]
+) -> None:
+    """Write a label map as a DICOM SEG in the scan's study: a binary segment for each name.
+
+    A frame holds one structure in one slice and refers to the image of that slice; empty ones are left out. Of a map
+    without any structure one slice is written, empty in all segments, for a SEG without frames is not allowed.
+
+    Args:
+        labels: ``(X, Y, Z)`` uint8, 0 for background, on the grid of :func:`sspformer.data.reading.read_dicom`.
+        files: of the series, classic or enhanced, in any order.
+        path: of the file to write.
+        names: of the labels 1, 2, ...; those in :data:`STRUCTURE_CODES` get SNOMED CT codes, others private ones.
+
+    Raises:
+        Unusable: if the files are no series that a result can refer to, or their grid is another one.
+    """
+    hd = import_highdicom()
+    stack = _read_sources(files)
+    frames = [stack.frames[i] for i in stack.order]
+    first = stack.datasets[frames[0]["file"]]
+    planes = np.ascontiguousarray(labels.T)  # slices, rows, columns
+    if planes.shape != (shape := (len(frames), int(first.Rows), int(first.Columns))):
+        raise Unusable(f"the label map has {planes.shape} slices, rows and columns, the series {shape}")
+    algorithm = hd.AlgorithmIdentificationSequence(PRODUCT, codes.DCM.ArtificialIntelligence, __version__)
+    segments = []
+    for number, (name, color) in enumerate(zip(names, class_colors(len(names)), strict=True), 1):
+        category, kind = _codes_of(name)
+        segments.append(
+            hd.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=name[:64],
+                segmented_property_category=category,
+                segmented_property_type=kind,
+                algorithm_type="AUTOMATIC",
+                algorithm_identification=algorithm,
+                display_color=hd.color.CIELabColor.from_string(color),
+            )
+        )
+    n_planes = len(planes) if planes.any() else 1
+    sources = [_seg_source(stack, file) for file in dict.fromkeys(frame["file"] for frame in frames)]
+    enhanced = "PerFrameFunctionalGroupsSequence" in first  # of which highdicom takes one, and more besides
+    segmentation = hd.seg.Segmentation(
+        source_images=sources[:1] if enhanced else sources,
+        further_source_images=sources[1:] if enhanced else None,
+        pixel_array=planes[:n_planes],
+        plane_positions=[hd.PlanePositionSequence("PATIENT", frame["position"]) for frame in frames[:n_planes]],
+        segmentation_type="BINARY",  # read by more programs than LABELMAP
+        segment_descriptions=segments,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        content_label="SEGMENTATION",
+        content_creator_name="",  # no person, but the attribute must be there
+        **_new_series(first, "segmentation"),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    segmentation.save_as(part)
+    os.replace(part, path)
+
+
+def image_to_dicom(
+    voxels: np.ndarray, affine: np.ndarray, files: Sequence[str | Path], folder: str | Path, task: str
+) -> None:
+    """Write a restored scan as a new series of MR images in the scan's study, a file for each slice.
+
+    Values are rounded to the steps in which the scan's own are stored (its rescale slope), so that those that were not
+    changed come back exactly; if its slices differ in that, or 16 bits cannot hold them, to 65535 steps.
+
+    Args:
+        voxels: ``(X, Y, Z)`` float32, X along the rows of an image.
+        affine: to RAS mm, ``(4, 4)``.
+        files: of the series, classic or enhanced, in any order.
+        folder: gets ``001.dcm``, ...; that of a run before is replaced.
+        task: "denoising" or "super_resolution".
+
+    Raises:
+        Unusable: if the files are no series that a result can refer to, or the folder holds something else.
+    """
+    hd = import_highdicom()
+    stack = _read_sources(files)
+    frames = [stack.frames[i] for i in stack.order]
+    first = stack.datasets[frames[0]["file"]]
+    is_short = int(first.get("BitsAllocated") or 16) <= 16
+    rescalings = {(frame["slope"], frame["intercept"]) for frame in frames} if is_short else set()
+    stored, slope, intercept = _quantized(voxels, rescalings)
+    low, high = np.percentile(voxels, [0.5, 99.5])
+
+    to_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(to_lps[:3, :3], axis=0)
+    axes = to_lps[:3, :2] / spacing[:2]
+    spacing = spacing.round(7)  # the digits of ImageOrientationPatient give no more
+    distance, distance_before = _slice_distance(affine), _slice_distance(stack.affine)
+    thickness = frames[0]["thickness"] or distance_before
+    made_by = f"{PRODUCT} {__version__}, {task.replace('_', '-')} by a neural network. Research only."
+    series = _new_series(first, task)
+
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for k, plane in enumerate(stored):
+        nearest = np.linalg.solve(stack.affine, affine @ [0, 0, k, 1])[2]
+        frame = frames[int(np.clip(np.rint(nearest), 0, len(frames) - 1))]
+        source = stack.datasets[frame["file"]]
+        ds = hd.SOPClass(
+            study_instance_uid=source.StudyInstanceUID,
+            sop_class_uid=MRImageStorage,
+            sop_instance_uid=generate_uid(),
+            instance_number=k + 1,
+            modality="MR",
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+            **series,
+        )
+        ds.update(_mr_header(source, frame["number"]))
+        ds.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+        ds.BurnedInAnnotation = "NO"
+        ds.DerivationDescription = made_by
+        if task == "super_resolution":  # for denoising there is no standard code
+            ds.DerivationCodeSequence = [hd.sr.CodedConcept.from_code(codes.DCM.SpatialResampling)]
+        ds.SourceImageSequence = [_reference(source, frame["number"], "SourceImageForImageProcessingOperation")]
+        references = Dataset()
+        references.SeriesInstanceUID = source.SeriesInstanceUID
+        references.ReferencedInstanceSequence = [_reference(source)]
+        ds.ReferencedSeriesSequence = [references]
+        if item := _acquisition_equipment(source):
+            ds.ContributingEquipmentSequence = [item]
+
+        ds.ImagePositionPatient = _decimals((to_lps @ [0, 0, k, 1])[:3])
+        ds.ImageOrientationPatient = _decimals(axes.T.ravel())
+        ds.PixelSpacing = _decimals([spacing[1], spacing[0]])  # between rows, then between columns
+        ds.SpacingBetweenSlices, ds.SliceThickness = _decimals([distance, thickness * distance / distance_before])
+        ds.set_pixel_data(plane, "MONOCHROME2", bits_stored=16, generate_instance_uid=False)
+        if (slope, intercept) != (1, 0):
+            ds.RescaleSlope, ds.RescaleIntercept = _decimals([slope, intercept])
+            ds.RescaleType = "US"  # unspecified
+        ds.WindowCenter, ds.WindowWidth = _decimals([(low + high) / 2, max(high - low, 1)])
+        ds.save_as(part / f"{k + 1:03d}.dcm", enforce_file_format=True)
+
+    if folder.is_dir():
+        old = {path: _is_ours(path) for path in folder.iterdir()}
+        if not all(old.values()):
+            raise Unusable(f"{folder} holds files that are none of its images, and is not replaced: move it away")
+        shutil.rmtree(folder)
+    part.rename(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is an image that this module wrote."""
+    if path.suffix != ".dcm":
+        return False
+    return pydicom.dcmread(path, stop_before_pixels=True).get("ManufacturerModelName") == MODEL
+
+
+def _read_sources(files: Sequence[str | Path]) -> DicomStack:
+    """The headers of a series that results are to refer to; raises `Unusable` if they lack an identifier."""
+    stack = read_stack(files, pixels=False)
+    frame_of_reference = generate_uid()  # of a series that has none
+    for ds in stack.datasets:
+        for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+            if not ds.get(keyword):
+                raise Unusable(f"no {keyword} in the DICOM header, so no result can refer to the series")
+        ds.FrameOfReferenceUID = ds.get("FrameOfReferenceUID") or frame_of_reference
+    return stack
+
+
+def _header(ds: Dataset, number: int, keywords: Sequence[str]) -> Dataset:
+    """The elements of these keywords that hold something valid, those of an enhanced file also from its frame."""
+    holders = [ds]
+    if frames := ds.get("PerFrameFunctionalGroupsSequence"):
+        for groups in (frames[number - 1], *(ds.get("SharedFunctionalGroupsSequence") or ())):
+            holders += [element.value[0] for element in groups if element.VR == "SQ" and element.value]
+    header = Dataset()
+    for keyword in keywords:
+        try:
+            element = next(holder[keyword] for holder in holders if keyword in holder)
+            VALID.get(keyword, str)(element.value or "")
+            header.add(element)
+        except Exception:  # absent, or not what its type demands, in one of pydicom's many ways to say so
+            continue
+    for keyword in REQUIRED:
+        if keyword not in header:
+            setattr(header, keyword, None)
+    return header
+
+
+def _mr_header(ds: Dataset, number: int) -> Dataset:
+    """What a classic MR image made of a frame takes over."""
+    header = _header(ds, number, [*REQUIRED, *IDENTITY, *LOSSY, *ACQUISITION])
+    enhanced = _header(ds, number, ["EffectiveEchoTime", "EchoPulseSequence", "FrameLaterality"])
+    known = {
+        "ScanningSequence": {"SPIN": "SE", "GRADIENT": "GR"}.get(enhanced.get("EchoPulseSequence"), "RM"),  # research
+        "SequenceVariant": "NONE",
+        "ScanOptions": None,
+        "MRAcquisitionType": None,
+        "RepetitionTime": None,
+        "EchoTime": enhanced.get("EffectiveEchoTime"),
+        "EchoTrainLength": None,
+        "PatientPosition": None,
+    }
+    if side := enhanced.get("FrameLaterality"):
+        known["ImageLaterality"] = side
+    elif "BodyPartExamined" not in header:
+        known["Laterality"] = None  # of a part that may be a paired one it must be there
+    for keyword, value in known.items():  # all of them must be there
+        if keyword not in header:
+            setattr(header, keyword, value)
+    if "IR" not in header.ScanningSequence and "InversionTime" in header:
+        del header.InversionTime  # allowed with inversion recovery alone
+    return header
+
+
+def _seg_source(stack: DicomStack, file: int) -> Dataset:
+    """A file as highdicom needs it for the reference: identity, and the geometry that the whole series was read with.
+
+    The files themselves may keep it where highdicom does not look, differ in the last digits or state another distance.
+    """
+    ds = stack.datasets[file]
+    header = _header(ds, 1, [*REQUIRED, *IDENTITY, *EQUIPMENT, *LOSSY])
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns"):
+        header.add(ds[keyword])
+    header.SpecificCharacterSet = "ISO_IR 192"
+    frames = [frame for frame in stack.frames if frame["file"] == file]
+    distance = _slice_distance(stack.affine)
+
+    measures, orientation, positions = Dataset(), Dataset(), [Dataset() for _ in frames]
+    measures.PixelSpacing = _decimals(stack.frames[0]["spacing"])
+    measures.SpacingBetweenSlices = _decimals([distance])[0]
+    measures.SliceThickness = _decimals([frames[0]["thickness"] or distance])[0]
+    orientation.ImageOrientationPatient = _decimals(stack.frames[0]["orientation"])
+    for position, frame in zip(positions, frames, strict=True):
+        position.ImagePositionPatient = _decimals(frame["position"])
+    if "PerFrameFunctionalGroupsSequence" not in ds:
+        for part in (measures, orientation, *positions):
+            header.update(part)
+        return header
+    shared, per_frame = Dataset(), [Dataset() for _ in frames]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+    for groups, position in zip(per_frame, positions, strict=True):
+        groups.PlanePositionSequence = [position]
+    header.NumberOfFrames = len(frames)
+    header.SharedFunctionalGroupsSequence, header.PerFrameFunctionalGroupsSequence = [shared], per_frame
+    return header
+
+
+def _new_series(source: Dataset, task: str) -> dict[str, Any]:
+    """Arguments of highdicom's classes that all instances of a new series share; text is UTF-8."""
+    now = datetime.datetime.now()
+    number, end = int(source.get("SeriesNumber") or 0), f" ({POSTFIX[task]})"
+    return {
+        "series_instance_uid": generate_uid(),
+        "series_number": abs(number) % 10**7 * 100 + 1 + list(POSTFIX).index(task),
+        "series_description": f"{source.get('SeriesDescription') or 'MR'}"[: 64 - len(end)] + end,
+        "manufacturer": PRODUCT,
+        "manufacturer_model_name": MODEL,
+        "software_versions": __version__,
+        "device_serial_number": __version__,  # must be there
+        **{f"{what}_date": now.date() for what in ("content", "series")},
+        **{f"{what}_time": now.time() for what in ("content", "series")},
+        "specific_character_set": "ISO_IR 192",
+    }
+
+
+def _codes_of(name: str) -> tuple[Code, Code]:
+    """Category and type of a structure."""
+    if name in STRUCTURE_CODES:
+        return codes.SCT.AnatomicalStructure, getattr(codes.SCT, STRUCTURE_CODES[name])
+    return codes.SCT.Tissue, Code(digest(name), PRIVATE_SCHEME, name[:64])
+
+
+def _reference(ds: Dataset, number: int | None = None, purpose: str | None = None) -> Dataset:
+    """Reference to an instance, or to one frame of an enhanced one, perhaps with its purpose (keyword of a code)."""
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    if number and "PerFrameFunctionalGroupsSequence" in ds:
+        item.ReferencedFrameNumber = number
+    if purpose:
+        code = import_highdicom().sr.CodedConcept.from_code(getattr(codes.DCM, purpose))
+        item.PurposeOfReferenceCodeSequence = [code]
+    return item
+
+
+def _acquisition_equipment(ds: Dataset) -> Dataset | None:
+    """The scanner, whose place in the header is now ours."""
+    item = _header(ds, 1, EQUIPMENT)
+    for keyword in REQUIRED:
+        delattr(item, keyword)
+    if not item.get("Manufacturer"):
+        return None
+    code = import_highdicom().sr.CodedConcept.from_code(codes.DCM.AcquisitionEquipment)
+    item.PurposeOfReferenceCodeSequence = [code]
+    return item
+
+
+def _quantized(voxels: np.ndarray, rescalings: set[tuple[float, float]]) -> tuple[np.ndarray, float, float]:
+    """Stored values (slices, rows, columns) uint16 or int16, rescale slope and intercept.
+
+    Args:
+        voxels: ``(columns, rows, slices)``.
+        rescalings: slope and intercept of the images before; kept if all have the same and the values fit.
+    """
+    slope, intercept = next(iter(rescalings)) if len(rescalings) == 1 else (0.0, 0.0)
+    ends = np.array([voxels.min(), voxels.max()], dtype=np.float64)
+    if slope > 0:
+        low, high = np.rint((ends - intercept) / slope)
+    if slope <= 0 or low < -(2**15) or high >= (2**16 if low >= 0 else 2**15):
+        slope, intercept = (float(number) for number in _decimals([np.ptp(ends) / (2**16 - 1) or 1.0, ends[0]]))
+        low = 0
+    dtype = np.uint16 if low >= 0 else np.int16
+    limits = np.iinfo(dtype)
+    stored = np.empty(voxels.shape[::-1], dtype)
+    for plane, image in zip(stored, voxels.T):
+        plane[:] = np.clip(np.rint((image.astype(np.float64) - intercept) / slope), limits.min, limits.max)
+    return stored, slope, intercept
+
+
+def _slice_distance(affine: np.ndarray) -> float:
+    """mm between neighbouring slices, along their normal."""
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    return round(float(abs(affine[:3, 2] @ normal) / np.linalg.norm(normal)), 7)
+
+
+def _decimals(numbers: Sequence[float]) -> list[str]:
+    """As DICOM's decimal strings, of 16 characters at most."""
+    return [format_number_as_ds(float(number)) for number in numbers]
