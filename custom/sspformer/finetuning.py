@@ -90,11 +90,20 @@ def class_weights(items: Sequence[Mapping], n_classes: int, power: float = 0.5, 
         n_classes: background included; a class that does not occur counts as one voxel.
         power: 0: all alike; 1: every class has the same sum over its voxels.
         max_items: labels that are read, evenly spaced among all.
+
+    Raises:
+        ValueError: naming a label map that has other values.
     """
     load = LoadScand("label")
     counts = torch.zeros(n_classes, dtype=torch.float64)
     for item in items[:: -(-len(items) // max_items)]:
-        counts += torch.bincount(load(item)["label"].as_tensor().flatten().long(), minlength=n_classes)
+        label = load(item)["label"].as_tensor().flatten().long()
+        if label.min() < 0 or label.max() >= n_classes:
+            raise ValueError(
+                f"the label map {item['label']} has values from {label.min()} to {label.max()}, but the classes are 0 "
+                f"to {n_classes - 1}: mend it, or set --class_names and --network_def#out_channels."
+            )
+        counts += torch.bincount(label, minlength=n_classes)
     share = counts.clamp(min=1) / counts.sum()
     weights = share**-power
     return (weights / (weights * share).sum()).float()

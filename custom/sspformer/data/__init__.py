@@ -11,15 +11,19 @@ not), ``checking`` (whether a scan can be trained on), ``finding`` (which scans 
 on top of it ``pairs`` and ``inputs``.
 """
 
-from .datalist import prepare_datalist, prepare_test_scans
+from .datalist import LazyDatalist, prepare_datalist, prepare_test_scans
 from .inputs import find_inputs
 from .naming import is_label_path, subject_of
-from .pairs import prepare_pairs, prepare_test_data
+from .pairs import check_pairs, file_hashing, from_client, prepare_pairs, prepare_test_data
 from .reading import LoadScand
 
 __all__ = [
+    "LazyDatalist",
     "LoadScand",
+    "check_pairs",
+    "file_hashing",
     "find_inputs",
+    "from_client",
     "is_label_path",
     "prepare_datalist",
     "prepare_pairs",

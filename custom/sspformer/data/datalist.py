@@ -12,7 +12,8 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,35 @@ def _prepare(
             f"and MR DICOM series, and found {summary}"
         )
     return usable
+
+
+class LazyDatalist(Mapping):
+    """The lists that a function such as :func:`prepare_datalist` returns, which is called when one is first looked up.
+
+    Never, where a client such as MONAI Label gives lists of its own: a config may be evaluated as a whole, and its data
+    set need not exist then.
+
+    Args:
+        prepare: returns the lists.
+        args: of it.
+        kwargs: of it.
+    """
+
+    def __init__(self, prepare: Callable[..., dict[str, list[dict]]], *args, **kwargs) -> None:
+        self._prepare = partial(prepare, *args, **kwargs)
+
+    @cached_property
+    def _lists(self) -> dict[str, list[dict]]:
+        return self._prepare()
+
+    def __getitem__(self, split: str) -> list[dict]:
+        return self._lists[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lists)
+
+    def __len__(self) -> int:
+        return len(self._lists)
 
 
 def keep_datalist(splits: dict[str, list[dict]], output_dir: str | os.PathLike | None) -> None:

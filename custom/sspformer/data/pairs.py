@@ -8,14 +8,15 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .checking import Cache, check_dicom, check_label, check_nifti, in_threads
+from .checking import Cache, check_dicom, check_label, check_nifti, digest, in_threads, stats
 from .datalist import (
     COLUMNS,
+    MAX_NAMED,
     existing,
     keep_datalist,
     match_subjects,
@@ -148,6 +149,67 @@ def prepare_test_data(
     _report(dataset_dir, output_dir, pairs, skip_unreadable)
     _warn_of_labels(usable, allowed)
     return [_item(pair) for pair in usable]
+
+
+def from_client(items: Sequence[Mapping]) -> bool:
+    """Whether a client such as MONAI Label listed these items itself: then they lack the "version" that ours have.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not items:
+        raise ValueError("there is no labelled image to train on: label some first (in MONAI Label, submit them).")
+    return not all("version" in item for item in items)
+
+
+def check_pairs(
+    items: Sequence[Mapping],
+    classes: int | Mapping | None = None,
+    output_dir: str | os.PathLike | None = None,
+    num_workers: int = 2,
+) -> None:
+    """Checks pairs that a client such as MONAI Label lists itself, as `prepare_pairs` checks those that it finds.
+
+    Args:
+        items: with "image", the path of a NIfTI file or the list of a DICOM series' files, and "label".
+        classes: the label values that may occur, as of `prepare_pairs`.
+        output_dir: gets `scan_check.json`.
+        num_workers: threads that read.
+
+    Raises:
+        ValueError: naming all pairs that cannot be trained on, and why.
+    """
+    pairs = []
+    for item in items:
+        files = _files_of(item["image"])
+        series = "x" if len(files) > 1 or is_dicom(files[0]) else ""
+        pairs.append(Scan(files, PurePosixPath(files[0].name), "?", series, label_map=Path(item["label"])))
+    if output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    cache = Cache(Path(output_dir) / "scan_check.json" if output_dir else None)
+    allowed = _label_values(classes)
+
+    def check(pair: Scan) -> None:
+        pair.reason = "; ".join(_problems(pair, pair.files[0].parent, allowed, 2, cache))
+
+    in_threads(check, pairs, num_workers, cache, "checking pairs")
+    if unusable := [f"\n  {pair.files[0]}: {pair.reason}" for pair in pairs if pair.reason]:
+        more = f"\n  ... and {len(unusable) - MAX_NAMED} more" if len(unusable) > MAX_NAMED else ""
+        raise ValueError(
+            f"{len(unusable)} of {len(pairs)} images with label maps cannot be trained on, mend or remove the label "
+            f"maps:{''.join(unusable[:MAX_NAMED])}{more}"
+        )
+
+
+def file_hashing(item: Mapping) -> bytes:
+    """Hash of an item and of the state of its files, for ``hash_func`` of MONAI's ``PersistentDataset``: a label map
+    that was saved anew under its old name is read anew."""
+    files = [file for key in ("image", "label") if key in item for file in _files_of(item[key])]
+    return digest([item, stats(files)]).encode()
+
+
+def _files_of(image: str | os.PathLike | Sequence[str]) -> list[Path]:
+    return [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
 
 
 def _find_pairs(

@@ -1,0 +1,57 @@
+"""Make a bundle of its own of an overlay and its weights, for clients that see only inference.json, train.json and
+models/model.pt, such as MONAI Label.
+
+    python scripts/overlay_bundle.py /path/to/sspformer_mri hippocampus /path/to/sspformer_hippocampus
+
+Its configs are those of the bundle with the overlay merged into them, its models/model.pt is the overlay's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from monai.bundle import ConfigParser
+
+
+def main(bundle: Path, overlay: str, target: Path) -> None:
+    weights = bundle / "models" / overlay / "model.pt"
+    changes = json.loads((bundle / "configs" / f"{overlay}.json").read_text())
+    if changes.get("task") != "segmentation":
+        sys.exit(f"error: {overlay}.json is no segmentation, and MONAI Label takes label maps alone.")
+    for path in (weights, bundle / "models/pretrained/encoder.pt"):
+        if not path.is_file():
+            sys.exit(f"error: no weights at {path}.")
+    if target.exists():
+        sys.exit(f"error: {target} exists: give another folder, or remove it.")
+
+    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns("models", "output", "demo_data", "__pycache__"))
+    (target / "models/pretrained").mkdir(parents=True)
+    shutil.copy(weights, target / "models/model.pt")
+    shutil.copy(bundle / "models/pretrained/encoder.pt", target / "models/pretrained/encoder.pt")
+
+    # these classes are now the bundle's own in metadata.json, which does not make them a whole head
+    changes = {**changes, "weights": "$@bundle_root + '/models/model.pt'", "whole_head": False}
+    for workflow in ("train", "evaluate", "inference"):
+        parser = ConfigParser()
+        parser.read_config([str(bundle / "configs" / f"{workflow}.json")])
+        parser.update({key: value for key, value in changes.items() if key.partition("#")[0] in parser.get()})
+        ConfigParser.export_config_file(parser.get(), str(target / "configs" / f"{workflow}.json"), indent=4)
+    metadata = json.loads((bundle / "configs/metadata.json").read_text())
+    pred = metadata["network_data_format"]["outputs"]["pred"]
+    pred["channel_def"] = {str(i): name for i, name in enumerate(["background", *changes["class_names"]])}
+    pred["num_channels"] = len(pred["channel_def"])
+    metadata["name"] += f", {overlay}"
+    (target / "configs/metadata.json").write_text(json.dumps(metadata, indent=4) + "\n")
+    print(target)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="the unpacked bundle")
+    parser.add_argument("overlay", help="a config of it whose weights are in models/OVERLAY/, such as hippocampus")
+    parser.add_argument("target", type=Path, help="folder to make; its name is that of the model in MONAI Label")
+    main(**vars(parser.parse_args()))
