@@ -15,6 +15,7 @@ OVERLAYS = ("hippocampus", "tissues", "denoising", "super_resolution")
 OWN = {
     *("imports", "class_names", "dataset_dir", "output_dir", "skip_unreadable", "num_workers", "sw_batch_size"),
     *("settings", "initialize", "finalize", "run", "network", "validate"),  # the network of train.json is pretrained
+    *("dataset", "handlers", "evaluator"),  # by MONAI's names, of what validate holds in evaluate.json
     *("keys", "val_postprocessing", "key_metric", "additional_metrics"),  # labels; scores on the label's own grid
 }
 NEEDED = {"task", "spatial_dims", "spacing", "roi_size", "overlap", "network_def", "preprocessing", "inferer", "amp"}

@@ -353,10 +353,15 @@ def _table(summary: Sequence[Mapping[str, Any]]) -> str:
 
 
 def class_names(bundle_root: str | os.PathLike) -> list[str]:
-    """Names of the labels from 1 on, as ``configs/metadata.json`` gives the channels of the network's output."""
-    path = Path(bundle_root) / "configs" / "metadata.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: start in the bundle's folder, or say where it is with --bundle_root.")
+    """Names of the labels from 1 on, as ``configs/metadata.json`` gives the channels of the network's output.
+
+    ``monai.bundle.load`` leaves ``bundle_root`` at the working directory: where that is no bundle, the one in which
+    this package stands is read.
+    """
+    paths = [Path(root) / "configs" / "metadata.json" for root in (bundle_root, Path(__file__).parents[1])]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no {paths[0]}: start in the bundle's folder, or say where it is with --bundle_root.")
     metadata = json.loads(path.read_text())
     channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     return [channels[str(i)] for i in range(1, len(channels))]

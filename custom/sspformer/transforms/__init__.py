@@ -1,11 +1,6 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
-from .degradation import (
-    RandReducedResolution,
-    RandReducedResolutiond,
-    ResolutionSampler,
-    reduce_resolution,
-)
+from .degradation import RandReducedResolution, RandReducedResolutiond, ResolutionSampler, reduce_resolution
 from .masking import (
     MaskIndices,
     MaskSampler,
