@@ -1,5 +1,7 @@
 """The dense network: any size and channel count, the identity before training, and that both of its paths learn."""
 
+import math
+
 import pytest
 import torch
 from monai.losses import DiceCELoss
@@ -94,7 +96,7 @@ def test_a_wrong_construction_is_refused_in_one_sentence():
         toy(residual=True, out_channels=3)
     with pytest.raises(ValueError, match="within 1 and 2"):
         toy(depths=(3,))
-    with pytest.raises(ValueError, match=r"\(B, 1, H, W, D\), got \(1, 2, 8, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W, D\), got \[1, 2, 8, 8, 8\]"):
         toy()(torch.rand(1, 2, 8, 8, 8))
 
 
@@ -133,6 +135,16 @@ def test_the_noise_level_is_that_of_white_noise_and_of_little_else():
     stripped[..., :8] = 0.5 + 0.05 * torch.randn(32, 32, 8, generator=generator)
     torch.testing.assert_close(float(noise_level(stripped)), 0.05, rtol=0.05, atol=0)
     assert float(noise_level(torch.zeros(1, 1, 8, 8, 8))) == 0
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 2, 31, 32])
+def test_the_noise_level_is_the_lower_median_of_what_is_not_zero(zeros):
+    first = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    first[:zeros] = 0
+    image = torch.stack([first, torch.zeros(32)], dim=-1).reshape(1, 1, 64)  # differences of pairs are first
+    values = first[zeros:].abs() / math.sqrt(2)
+    expected = values.median() if zeros < 32 else torch.tensor(0.0)
+    torch.testing.assert_close(noise_level(image).reshape(()), expected / 0.6745)
 
 
 def test_a_noise_scaled_residual_is_in_units_of_the_noise():

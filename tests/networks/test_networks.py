@@ -6,6 +6,7 @@ import torch
 from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder
 from sspformer.networks.layers import (
     Attention,
+    InstanceNorm,
     RotaryPosition,
     gather_tokens,
     pad_to_patches,
@@ -40,7 +41,7 @@ def test_padding_repeats_the_border_at_the_end():
     assert padded.shape[2:] == (8, 8)
     assert torch.equal(padded[:, :, :5], image)
     assert torch.equal(padded[:, :, 7], image[:, :, 4])
-    assert pad_to_patches(image, (5, 4)) is image
+    assert torch.equal(pad_to_patches(image, (5, 4)), image)
 
 
 @pytest.mark.parametrize("grid", [(5, 4), (3, 4, 2)])
@@ -82,6 +83,16 @@ def test_attention_equals_the_formula():
         weights = (rotate(qh, rotation) @ rotate(kh, rotation).transpose(-1, -2) / 12**0.5).softmax(-1)
         heads.append(weights @ vh)
     torch.testing.assert_close(attention(x, rotation), attention.proj(torch.cat(heads, -1)))
+
+
+@pytest.mark.parametrize("shape, stock", [((9, 12), torch.nn.InstanceNorm2d), ((9, 4, 6), torch.nn.InstanceNorm3d)])
+def test_instance_norm_is_pytorchs_and_its_form_for_onnx_equals_it(shape, stock):
+    x = 3 + torch.rand(2, 5, *shape)
+    norm, other = InstanceNorm(5, eps=1e-3), stock(5, affine=True, eps=1e-3)
+    state = {"weight": torch.rand(5), "bias": torch.rand(5)}
+    norm.load_state_dict(state), other.load_state_dict(state)
+    assert torch.equal(norm(x), other(x))
+    torch.testing.assert_close(norm._by_axis(x), other(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size, millions", [("tiny", 5), ("small", 22), ("base", 86)])
@@ -167,5 +178,5 @@ def test_errors_name_the_argument_and_the_value():
         SSPFormerEncoder(spatial_dims=4)
     with pytest.raises(ValueError, match="num_heads"):
         SSPFormerEncoder(dim=50, num_heads=4)
-    with pytest.raises(ValueError, match=r"\(1, 2, 8, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\[1, 2, 8, 8, 8\]"):
         toy().encoder(torch.rand(1, 2, 8, 8, 8))

@@ -62,7 +62,7 @@ class SSPFormerDense(nn.Module):
         residual: bool = False,
         residual_scale: float = 1.0,
         noise_scaled: bool = False,
-        norm: str | tuple | None = ("instance", {"affine": True, "eps": 1e-3}),
+        norm: str | tuple | None = ("exportable_instance", {"eps": 1e-3}),
         depths: Sequence[int] | None = None,
         dim: int | None = None,
         depth: int | None = None,
@@ -77,7 +77,6 @@ class SSPFormerDense(nn.Module):
         if noise_scaled and not residual:
             raise ValueError("noise_scaled scales the residual: it needs residual=True.")
         self.residual, self.residual_scale = residual, residual_scale
-        self.noise_scaled = noise_scaled
         self.encoder = SSPFormerEncoder(spatial_dims, in_channels, patch_size, size, dim, depth, num_heads)
         strides = halvings(self.encoder.patch_size)
         n_blocks = len(self.encoder.blocks)
@@ -119,6 +118,7 @@ class SSPFormerDense(nn.Module):
         if residual:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+        self.gate = None
         if noise_scaled:
             self.gate = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
             nn.init.zeros_(self.gate[2].weight)
@@ -126,12 +126,12 @@ class SSPFormerDense(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, in_channels, *S)``, any size -> ``(B, out_channels, *S)``: logits, or the restored image."""
-        padded = pad_to_patches(image, self.encoder.patch_size)
-        tokens = self.forward_encoder(padded)
-        detail = self.forward_stem(padded)
+        tokens = self.forward_encoder(image)
+        detail = self.forward_stem(pad_to_patches(image, self.encoder.patch_size))
         out = self.forward_decoder(tokens, detail)
-        out = out[(..., *(slice(side) for side in image.shape[2:]))]
-        if self.noise_scaled:
+        for axis, side in enumerate(image.shape[2:], start=2):
+            out = out.narrow(axis, 0, side)
+        if self.gate is not None:
             level = noise_level(image)
             out = out * level * self.gate(level[..., None].clamp(min=1e-6).log())[..., 0].float().exp()
         return image + self.residual_scale * out if self.residual else out
@@ -139,7 +139,7 @@ class SSPFormerDense(nn.Module):
     def forward_encoder(self, image: Tensor) -> Tensor:
         """Tokens of all ``depths``, projected, on their grid: ``(B, C, *grid)``."""
         hidden = self.encoder.hidden_tokens(image, self.depths)
-        tokens = torch.cat([norm(tokens) for norm, tokens in zip(self.token_norms, hidden)], dim=-1)
+        tokens = torch.cat([norm(hidden[i]) for i, norm in enumerate(self.token_norms)], dim=-1)
         return self.token_projection(tokens).transpose(1, 2).unflatten(2, self.encoder.grid(image.shape[2:]))
 
     def forward_stem(self, image: Tensor) -> list[Tensor]:
@@ -152,8 +152,8 @@ class SSPFormerDense(nn.Module):
 
     def forward_decoder(self, tokens: Tensor, detail: list[Tensor]) -> Tensor:
         """From the token grid up to the full one, ``(B, out_channels, *S)``."""
-        for upsample, fuse, fine in zip(self.upsample, self.fuse, reversed(detail)):
-            tokens = fuse(torch.cat([upsample(tokens), fine], dim=1))
+        for level, (upsample, fuse) in enumerate(zip(self.upsample, self.fuse), start=1):
+            tokens = fuse(torch.cat([upsample(tokens), detail[-level]], dim=1))
         return self.head(tokens)
 
 
@@ -167,9 +167,9 @@ def noise_level(image: Tensor) -> Tensor:
         if detail.shape[axis] > 1:
             pairs = detail.unfold(axis, 2, 2)
             detail = (pairs[..., 0] - pairs[..., 1]) / math.sqrt(2)
-    detail = detail.abs().flatten(2)
-    level = detail.masked_fill(detail == 0, torch.nan).nanmedian(dim=2).values.nan_to_num() / 0.6745
-    return level.reshape(*level.shape, *[1] * (image.ndim - 2))
+    detail = detail.abs().flatten(2).sort(dim=2, descending=True).values  # zeros come last
+    middle = detail.count_nonzero(dim=2).unsqueeze(2) // 2
+    return (detail.gather(2, middle) / 0.6745).unflatten(2, [1] * (image.ndim - 2))
 
 
 def halvings(patch_size: Sequence[int]) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
-from .layers import Block, RotaryPosition, gather_tokens, pad_to_patches, patchify, select_positions
+from .layers import Block, RotaryPosition, gather_tokens, pad_to_patches, patchify, select_positions, token_grid
 
 __all__ = ["SIZES", "SSPFormerEncoder"]
 
@@ -82,9 +82,9 @@ class SSPFormerEncoder(nn.Module):
         state_dict.setdefault(f"{prefix}layout", self.layout)  # files of before there was one
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def grid(self, image_size: Sequence[int]) -> tuple[int, ...]:
+    def grid(self, image_size: list[int]) -> list[int]:
         """Token grid of an image: ``ceil(S / patch_size)``."""
-        return tuple(-(-side // patch) for side, patch in zip(image_size, self.patch_size))
+        return token_grid(image_size, self.patch_size)
 
     def forward(self, image: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode all patches, or the visible ones only.
@@ -101,14 +101,15 @@ class SSPFormerEncoder(nn.Module):
             tokens = block(tokens, rotation)
         return self.norm(tokens)
 
-    def hidden_tokens(self, image: Tensor, depths: Sequence[int]) -> list[Tensor]:
+    def hidden_tokens(self, image: Tensor, depths: list[int]) -> list[Tensor]:
         """Tokens ``(B, N, dim)`` after each of the blocks ``depths`` (1 is the first); the last block's are normalised
         as in :meth:`forward`."""
         tokens, rotation = self.embed(image)
-        hidden = {}
-        for depth, block in enumerate(self.blocks[: max(depths)], start=1):
-            tokens = block(tokens, rotation)
-            hidden[depth] = tokens
+        hidden: dict[int, Tensor] = {}
+        for depth, block in enumerate(self.blocks, start=1):
+            if depth <= max(depths):
+                tokens = block(tokens, rotation)
+                hidden[depth] = tokens
         if max(depths) == len(self.blocks):
             hidden[len(self.blocks)] = self.norm(tokens)
         return [hidden[depth] for depth in depths]
@@ -125,9 +126,9 @@ class SSPFormerEncoder(nn.Module):
 
     def _check(self, image: Tensor) -> None:
         if image.ndim != 2 + self.spatial_dims or image.shape[1] != self.in_channels:
-            sides = ", ".join("HWD"[: self.spatial_dims])
+            sides = "H, W, D"[: 3 * self.spatial_dims - 2]
             raise ValueError(
-                f"the encoder takes images of shape (B, {self.in_channels}, {sides}), got {tuple(image.shape)}: "
+                f"the encoder takes images of shape (B, {self.in_channels}, {sides}), got {list(image.shape)}: "
                 "build it with the in_channels and spatial_dims of your images."
             )
 
