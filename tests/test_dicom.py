@@ -439,7 +439,7 @@ def test_files_of_others_in_the_folder_are_not_deleted(tmp_path):
     for _ in ("notes.txt", "of_a_scanner.dcm"):
         with pytest.raises(ValueError, match="out holds files that are none of its images"):
             dicom.image_to_dicom(voxels, affine, files, tmp_path / "out", "denoising")
-        assert len(list((tmp_path / "out").iterdir())) == 1
+        assert len(list((tmp_path / "out").iterdir())) == 1 and not list(tmp_path.glob("*.part"))
         (tmp_path / "out" / "notes.txt").unlink(missing_ok=True)
         shutil.copy(files[0], tmp_path / "out" / "of_a_scanner.dcm")
 

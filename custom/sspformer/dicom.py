@@ -140,6 +140,9 @@ def import_highdicom():
     """The module; raises ``ImportError`` with what to install."""
     try:
         import highdicom
+
+        if tuple(int(part) for part in highdicom.__version__.split(".")[:2]) < (0, 28):
+            raise ImportError(f"found {highdicom.__version__}")
     except ImportError as error:
         raise ImportError(
             f"--dicom true needs highdicom ({error}): pip install highdicom==0.28.2, which needs pydicom 3, or leave "
@@ -247,6 +250,8 @@ def image_to_dicom(
     series = _new_series(first, task)
 
     folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir())):
+        raise Unusable(f"{folder} holds files that are none of its images, and is not replaced: move it away")
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -288,19 +293,18 @@ def image_to_dicom(
         ds.WindowCenter, ds.WindowWidth = _decimals([(low + high) / 2, max(high - low, 1)])
         ds.save_as(part / f"{k + 1:03d}.dcm", enforce_file_format=True)
 
-    if folder.is_dir():
-        old = {path: _is_ours(path) for path in folder.iterdir()}
-        if not all(old.values()):
-            raise Unusable(f"{folder} holds files that are none of its images, and is not replaced: move it away")
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is an image that this module wrote."""
-    if path.suffix != ".dcm":
+    """Whether a file is an image that this module wrote, or a hidden one of the file system's."""
+    if path.name.startswith("."):
+        return True
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True).get("ManufacturerModelName") == MODEL
+    except (OSError, pydicom.errors.InvalidDicomError):
         return False
-    return pydicom.dcmread(path, stop_before_pixels=True).get("ManufacturerModelName") == MODEL
 
 
 def _read_sources(files: Sequence[str | Path]) -> DicomStack:

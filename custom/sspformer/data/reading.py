@@ -184,10 +184,18 @@ def _dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
             "position": np.array(look("PlanePositionSequence", "ImagePositionPatient"), float),
             "orientation": np.array(look("PlaneOrientationSequence", "ImageOrientationPatient"), float),
             "spacing": np.array(look("PixelMeasuresSequence", "PixelSpacing"), float),
-            "thickness": float(look("PixelMeasuresSequence", "SliceThickness", 0.0)),
+            "thickness": _number(look("PixelMeasuresSequence", "SliceThickness", 0.0)),
             "slope": float(look("PixelValueTransformationSequence", "RescaleSlope", 1.0)),
             "intercept": float(look("PixelValueTransformationSequence", "RescaleIntercept", 0.0)),
         }
+
+
+def _number(value: object) -> float:
+    """0 for what is no number: nothing that is read depends on it."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _header_value(
