@@ -4,6 +4,7 @@ and tasks/train/bundle.py by their names. scripts/monailabel/check.py asks a rea
 import json
 import logging
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -279,13 +280,16 @@ def test_a_datalist_that_nobody_asks_for_is_not_made():
     assert dict(lists) == {"training": [1], "validation": []} and len(lists) == 2 and made == ["nowhere"]
 
 
-def test_a_run_on_a_data_set_leaves_the_bundles_weights_alone(bundle, datalist, tmp_path):
+@pytest.mark.parametrize("own_lists", [False, True])
+def test_a_run_on_a_data_set_leaves_the_bundles_weights_alone(bundle, datalist, tmp_path, own_lists):
     for item in datalist[:2]:
         for folder, path in (("images", item["image"]), ("labels", item["label"])):
             (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tmp_path / "data" / folder / Path(path).name.replace("label", "scan"))
     before = (bundle / "models/model.pt").read_bytes()
     settings = {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "epochs": 1}
+    if own_lists:
+        settings |= {"train#dataset#data": datalist[:2], "validate#dataset#data": datalist[2:]}
     config = str(bundle / "configs/train.json")
     monai.bundle.run("training", config_file=config, logging_file=False, bundle_root=str(bundle), **settings)
     assert (tmp_path / "out/models/model.pt").is_file() and (bundle / "models/model.pt").read_bytes() == before
@@ -309,5 +313,14 @@ def test_a_bundle_of_an_overlay_has_its_network_weights_and_labels(tmp_path):
         network.load_state_dict(torch.load(target / "models/model.pt", weights_only=True))
         assert parser.get_parsed_content("class_names") == names[1:] and not parser.get_parsed_content("whole_head")
         assert parser.get_parsed_content("spacing") == [1.0, 1.0, 1.0]
+    assert "eval_metrics" not in metadata and metadata["label_classes"] == ", ".join(names[1:])
+    of_networks = {name: text for name, text in metadata.items() if not name.endswith("_config")}
+    assert not re.search("17|T1|super-resolution,", json.dumps({**of_networks, "references": [], "changelog": {}}))
+    assert [path.name for path in (target / "docs").iterdir()] == ["data_license.txt"]
+    configs = {path.stem for path in (target / "configs").glob("*.json")}
+    assert {"train", "inference", "evaluate", "metadata", "multi_gpu_train"} <= configs
+    assert not configs & {"hippocampus", "tissues", "denoising", "super_resolution"}
     with pytest.raises(SystemExit, match="denoising.json is no segmentation"):
         main(ROOT / "bundle", "denoising", tmp_path / "denoising")
+    with pytest.raises(SystemExit, match="kidney.json does not exist.*: denoising, hippocampus, "):
+        main(ROOT / "bundle", "kidney", tmp_path / "kidney")

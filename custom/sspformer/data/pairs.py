@@ -151,15 +151,19 @@ def prepare_test_data(
     return [_item(pair) for pair in usable]
 
 
-def from_client(items: Sequence[Mapping]) -> bool:
-    """Whether a client such as MONAI Label listed these items itself: then they lack the "version" that ours have.
+def from_client(items: Sequence[Mapping], first_handler: str) -> bool:
+    """Whether a client such as MONAI Label trains: it puts a loader of the model of before in front of our handlers.
+
+    Args:
+        items: to train on.
+        first_handler: target of the first of the trainer's handlers.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no items.
     """
     if not items:
         raise ValueError("there is no labelled image to train on: label some first (in MONAI Label, submit them).")
-    return not all("version" in item for item in items)
+    return first_handler == "CheckpointLoader"
 
 
 def check_pairs(
@@ -203,8 +207,9 @@ def check_pairs(
 
 def file_hashing(item: Mapping) -> bytes:
     """Hash of an item and of the state of its files, for ``hash_func`` of MONAI's ``PersistentDataset``: a label map
-    that was saved anew under its old name is read anew."""
-    files = [file for key in ("image", "label") if key in item for file in _files_of(item[key])]
+    that was saved anew under its old name is read anew. Our own items have that state as their "version"."""
+    keys = () if "version" in item else ("image", "label")
+    files = [file for key in keys if key in item for file in _files_of(item[key])]
     return digest([item, stats(files)]).encode()
 
 
