@@ -5,7 +5,8 @@
 
 The zip holds the folder sspformer_mri with configs, docs, models, LICENSE and, at its root, the package sspformer: it
 runs with nothing of ours installed. The same commit gives the same bytes. In a git checkout the files that git tracks
-are taken, as they are on disk (a new file needs ``git add``); in an unpacked source archive all files of these folders.
+are taken, as they are on disk (a new file needs ``git add``); in an unpacked source archive, or without git, all files
+of these folders.
 Prints size and SHA-256.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,20 +28,27 @@ PARTS = {
     **{name: f"bundle/{name}" for name in ("LICENSE", "configs", "docs", "models")},
     "sspformer": "custom/sspformer",
 }
-LARGEST = 25 * 2**20  # bytes of a file in the Model Zoo
+LARGEST = 25 * 1024**2  # bytes of a file in the Model Zoo
 
 
 def git(*arguments: str) -> list[str]:
     done = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments, "-z", "--", *PARTS.values()], capture_output=True, text=True, check=True
+        ["git", "-C", str(ROOT), *arguments, "-z", "--", *PARTS.values()], capture_output=True, text=True
     )
+    if done.returncode != 0:
+        sys.exit(
+            f"error: git cannot list the files of {ROOT}; mend what it says, or build in a copy without .git, "
+            f"where all files are taken: {done.stderr.strip()}"
+        )
     return done.stdout.rstrip("\0").split("\0")
 
 
 def bundle_files() -> dict[str, Path]:
     """Path in the zip: file on disk."""
     tracked = None
-    if (ROOT / ".git").exists():
+    if (ROOT / ".git").exists() and shutil.which("git") is None:
+        print("warning: git is not installed: all files are taken, also those that it does not track.", file=sys.stderr)
+    elif (ROOT / ".git").exists():
         tracked = {ROOT / path for path in git("ls-files")}
         changed = [entry for entry in git("status", "--porcelain", "--no-renames") if entry]
         if changed:
@@ -52,12 +61,14 @@ def bundle_files() -> dict[str, Path]:
             if path.is_file() and not hidden and (tracked is None or path in tracked):
                 files[(Path(NAME, target) / path.relative_to(part)).as_posix()] = path
     large = [
-        f"{name}: {path.stat().st_size / 2**20:.1f} MB" for name, path in files.items() if path.stat().st_size > LARGEST
+        f"{name}: {path.stat().st_size / 1024**2:.1f} MiB"
+        for name, path in files.items()
+        if path.stat().st_size > LARGEST
     ]
     if large:
         sys.exit(
-            "error: the Model Zoo takes no file over 25 MB; store weights in half precision "
-            "(scripts/half_precision.py), or host them and list them in a large_files.yml: " + ", ".join(large)
+            "error: the Model Zoo takes no file over 25 MiB; store weights in half precision "
+            "(scripts/half_precision.py): " + ", ".join(large)
         )
     return files
 

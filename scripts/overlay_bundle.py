@@ -3,7 +3,8 @@ models/model.pt, such as MONAI Label.
 
     python scripts/overlay_bundle.py /path/to/sspformer_mri hippocampus /path/to/sspformer_hippocampus
 
-Its configs are those of the bundle with the overlay merged into them, its models/model.pt is the overlay's.
+Its configs are those of the bundle with the overlay merged into them, its models/model.pt is the overlay's; of the
+documentation only the licences come along.
 """
 
 from __future__ import annotations
@@ -16,26 +17,35 @@ from pathlib import Path
 
 from monai.bundle import ConfigParser
 
+WORKFLOWS = ("train", "evaluate", "inference")
+
 
 def main(bundle: Path, overlay: str, target: Path) -> None:
     weights = bundle / "models" / overlay / "model.pt"
-    changes = json.loads((bundle / "configs" / f"{overlay}.json").read_text())
+    config, licence = bundle / f"configs/{overlay}.json", bundle / "docs/data_license.txt"
+    for path in (config, weights, bundle / "models/pretrained/encoder.pt", licence):
+        if not path.is_file():
+            names = sorted(path.parent.name for path in bundle.glob("models/*/model.pt"))
+            sys.exit(f"error: {path} does not exist; overlays with weights in {bundle}: {', '.join(names) or 'none'}.")
+    changes = json.loads(config.read_text())
     if changes.get("task") != "segmentation":
         sys.exit(f"error: {overlay}.json is no segmentation, and MONAI Label takes label maps alone.")
-    for path in (weights, bundle / "models/pretrained/encoder.pt"):
-        if not path.is_file():
-            sys.exit(f"error: no weights at {path}.")
     if target.exists():
         sys.exit(f"error: {target} exists: give another folder, or remove it.")
 
-    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns("models", "output", "demo_data", "__pycache__"))
+    # overlays have a task, and weights that are left out; the documentation is about the weights that are left out
+    tasks = {path.name for path in bundle.glob("configs/*.json") if "task" in json.loads(path.read_text())}
+    left_out = {"models", "docs", "output", "demo_data", "__pycache__", *tasks - {f"{name}.json" for name in WORKFLOWS}}
+    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns(*left_out))
+    (target / "docs").mkdir()
+    shutil.copy(licence, target / "docs")
     (target / "models/pretrained").mkdir(parents=True)
     shutil.copy(weights, target / "models/model.pt")
     shutil.copy(bundle / "models/pretrained/encoder.pt", target / "models/pretrained/encoder.pt")
 
     # these classes are now the bundle's own in metadata.json, which does not make them a whole head
     changes = {**changes, "weights": "$@bundle_root + '/models/model.pt'", "whole_head": False}
-    for workflow in ("train", "evaluate", "inference"):
+    for workflow in WORKFLOWS:
         parser = ConfigParser()
         parser.read_config([str(bundle / "configs" / f"{workflow}.json")])
         parser.update({key: value for key, value in changes.items() if key.partition("#")[0] in parser.get()})
@@ -44,7 +54,17 @@ def main(bundle: Path, overlay: str, target: Path) -> None:
     pred = metadata["network_data_format"]["outputs"]["pred"]
     pred["channel_def"] = {str(i): name for i, name in enumerate(["background", *changes["class_names"]])}
     pred["num_channels"] = len(pred["channel_def"])
-    metadata["name"] += f", {overlay}"
+    classes = ", ".join(changes["class_names"])
+    metadata.pop("eval_metrics", None)
+    metadata |= {
+        "name": f"{metadata['name']}, {overlay}",
+        "task": f"Segmentation in MRI: {classes}",
+        "description": f"A vision transformer, pretrained on unlabelled MRI and fine-tuned to segment: {classes}.",
+        "data_source": f"docs/data_license.txt, where the weights are models/{overlay}/model.pt; the user's own scans",
+        "image_classes": "single-channel MRI",
+        "label_classes": classes,
+        "pred_classes": classes,
+    }
     (target / "configs/metadata.json").write_text(json.dumps(metadata, indent=4) + "\n")
     print(target)
 

@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,34 @@ def test_two_sites_fine_tune_one_network(client, folders, tmp_path):
     evaluation.initialize({ExtraItems.CLIENT_NAME: "site-1"})
     metrics = evaluation.evaluate(ExchangeObject(weights=weights)).metrics
     assert metrics["dice"] == pytest.approx(scores[0][-1]["dice"], abs=0.02)
+
+
+def test_the_simulation_refuses_what_it_would_replace_or_cannot_find(folders, tmp_path):
+    pytest.importorskip("nvflare", reason="NVFlare is not installed")
+    simulate = runpy.run_path(str(EXAMPLE / "simulate.py"))["simulate"]
+    for name, instead in {"epochs": "--rounds", "dataset_dir": "--dataset_dirs", "resume": "--pretrained"}.items():
+        with pytest.raises(ValueError, match=f"--{name} .*{instead}"):
+            simulate(folders, str(tmp_path / "out"), **{name: 3})
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        simulate([folders[0], tmp_path / "nowhere"], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_site_is_named_with_its_log(folders, tmp_path):
+    """The second has no scans; the folder of the cache is given from the folder of the command."""
+    pytest.importorskip("nvflare", reason="NVFlare is not installed")
+    for name in ("empty", "cache"):
+        (tmp_path / name).mkdir()
+    line = [sys.executable, str(EXAMPLE / "simulate.py"), "--dataset_dirs", f"{folders[0]},empty"]
+    line += ["--output_dir", "out"]
+    for name, value in {**PRETRAINING, "cache_dir": "cache"}.items():
+        line += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "custom")}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert json.loads((tmp_path / "out/site-1.json").read_text())["cache_dir"] == str(tmp_path / "cache")
+    log = tmp_path / "out/nvflare/sspformer/site-2/log.txt"
+    assert done.returncode != 0 and str(log) in done.stderr.splitlines()[-1], done.stderr
+    assert str(tmp_path / "empty") in log.read_text()
 
 
 def test_nvflare_simulates_two_sites(folders, pretrained, tmp_path):

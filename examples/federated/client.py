@@ -22,6 +22,7 @@ def site(bundle_root: str, config_file: list[str], output_dir: str, local_epochs
         local_epochs: between two averages.
         options: of the configs: ``dataset_dir`` of the site, ``epochs`` of all rounds together, ...
     """
+    options = {"cache_dir": str(Path(output_dir, "cache")), **options}  # one for training and scoring
     return MonaiAlgo(
         bundle_root,
         local_epochs=local_epochs,

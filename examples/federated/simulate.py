@@ -7,6 +7,7 @@ of what they give back, weighed by their numbers of steps.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe import SimEnv, set_per_site_config
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundle"
+#: options of the configs that the simulation sets
+INSTEAD = {
+    "epochs": "use --rounds and --local_epochs",
+    "dataset_dir": "use --dataset_dirs, a folder for each site",
+    "resume": "a federation starts afresh; --pretrained gives train.json weights to start from",
+}
 
 
 def simulate(
@@ -40,7 +47,22 @@ def simulate(
         key_metric: of the sites' held-out scans: ``dice`` or ``psnr`` for fine-tuning; NVFlare keeps the global weights
             that it likes best as ``best_FL_global_model.pt``.
         options: of the configs, for all sites: ``--batch_size 4``, ``--network_def#size small``, ...
+
+    Raises:
+        ValueError: an option that the sites' own would replace, or an ``output_dir`` with a space.
+        FileNotFoundError: one of ``dataset_dirs`` does not exist.
+        RuntimeError: a site failed; names the logs.
     """
+    for name, instead in INSTEAD.items():
+        if name in options:
+            raise ValueError(f"--{name} is not an option here: {instead}.")
+    folders = [Path(folder).absolute() for folder in listed(dataset_dirs)]
+    for folder in folders:
+        if not folder.exists():
+            raise FileNotFoundError(f"dataset_dirs: {folder} does not exist.")
+    for name, value in options.items():  # the sites run in other folders
+        if isinstance(value, str) and os.path.exists(value):
+            options[name] = os.path.abspath(value)
     output = Path(output_dir).absolute()
     if " " in str(output):
         raise ValueError(f"output_dir {str(output)!r} has a space, at which NVFlare would cut it: give one without.")
@@ -56,8 +78,8 @@ def simulate(
     of_network = {name: parser.get_parsed_content(f"network_def#{name}") for name in parser["network_def"]}
 
     sites = {}
-    for i, folder in enumerate(listed(dataset_dirs), start=1):
-        own = {"dataset_dir": str(Path(folder).absolute()), "output_dir": str(output / f"site-{i}")}
+    for i, folder in enumerate(folders, start=1):
+        own = {"dataset_dir": str(folder), "output_dir": str(output / f"site-{i}")}
         shared = {"bundle_root": str(BUNDLE), "config_file": configs, "local_epochs": local_epochs, **options}
         settings = output / f"site-{i}.json"
         settings.write_text(json.dumps({**shared, **own}, indent=4))
@@ -74,8 +96,13 @@ def simulate(
         train_script=str(Path(__file__).with_name("client.py")),
     )
     set_per_site_config(recipe, sites)
-    result = recipe.execute(SimEnv(clients=list(sites), workspace_root=str(output / "nvflare"))).get_result()
-    written = torch.load(Path(result, "server/simulate_job/app_server/FL_global_model.pt"), weights_only=True)
+    environment = SimEnv(clients=list(sites), workspace_root=str(output / "nvflare"))
+    try:
+        result = recipe.execute(environment).get_result()
+        written = torch.load(Path(result, "server/simulate_job/app_server/FL_global_model.pt"), weights_only=True)
+    except (RuntimeError, FileNotFoundError):
+        logs = sorted(map(str, Path(environment.workspace_root, recipe.name).glob("*/log.txt")))
+        raise RuntimeError(f"the federation failed; what a site stumbled over stands in {', '.join(logs)}.") from None
     torch.save(written["model"], output / "global.pt")
     print(f"{rounds} rounds of {len(sites)} sites: {output / 'global.pt'}")
 

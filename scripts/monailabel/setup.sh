@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# scripts/monailabel/setup.sh VENV: make an environment with MONAI Label and what the bundle needs (3.8 GB, minutes).
+# scripts/monailabel/setup.sh VENV: make an environment with MONAI Label and what the bundle needs (3.9 GB, minutes).
 # PYTHON chooses the interpreter; MONAI Label 0.8.5 runs on Python 3.11 at the newest.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
