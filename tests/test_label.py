@@ -228,6 +228,7 @@ def test_the_next_training_starts_from_there_and_a_held_out_label_judges_it(bund
     checkpoint.write_text("of another run")
     train(bundle, datalist[:1])
     first = weights(bundle)
+    caplog.clear()  # the first training's, if other tests have left the level at INFO
     with caplog.at_level(logging.INFO):
         train(bundle, datalist)  # two and one
     epoch = messages(caplog, "epoch 1/1")
