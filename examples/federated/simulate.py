@@ -49,8 +49,8 @@ def simulate(
         options: of the configs, for all sites: ``--batch_size 4``, ``--network_def#size small``, ...
 
     Raises:
-        ValueError: an option that the sites' own would replace, or an ``output_dir`` with a space.
-        FileNotFoundError: one of ``dataset_dirs`` does not exist.
+        ValueError: an option that the sites' own would replace, a folder twice, or an ``output_dir`` with a space.
+        FileNotFoundError: one of ``dataset_dirs`` or ``config_file`` does not exist.
         RuntimeError: a site failed; names the logs.
     """
     for name, instead in INSTEAD.items():
@@ -60,14 +60,18 @@ def simulate(
     for folder in folders:
         if not folder.exists():
             raise FileNotFoundError(f"dataset_dirs: {folder} does not exist.")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"dataset_dirs names a folder twice: {', '.join(str(folder) for folder in folders)}.")
     for name, value in options.items():  # the sites run in other folders
         if isinstance(value, str) and os.path.exists(value):
             options[name] = os.path.abspath(value)
     output = Path(output_dir).absolute()
     if " " in str(output):
         raise ValueError(f"output_dir {str(output)!r} has a space, at which NVFlare would cut it: give one without.")
-    output.mkdir(parents=True, exist_ok=True)
     configs = [f"configs/{name}" for name in listed(config_file)]
+    if missing := [config for config in configs if not (BUNDLE / config).is_file()]:
+        raise FileNotFoundError(f"config_file: {', '.join(missing)} is not in {BUNDLE}.")
+    output.mkdir(parents=True, exist_ok=True)
     options["epochs"] = rounds * local_epochs  # what the schedules of the learning rate and of beta span
 
     parser = ConfigParser()

@@ -37,10 +37,12 @@ def find_inputs(
 
     Raises:
         FileNotFoundError: when `dataset_dir` does not exist.
-        ValueError: when there is no scan at all, or `output_dir` is the searched folder itself.
+        ValueError: when there is no scan at all, or `output_dir` is a file or the searched folder itself.
     """
     dataset_dir = existing(dataset_dir)
     output_dir = Path(output_dir) if output_dir is not None else None
+    if output_dir and output_dir.is_file():
+        raise ValueError(f"output_dir {output_dir} is a file: give a folder.")
     if dataset_dir.is_dir() and output_dir and output_dir.resolve() == dataset_dir.resolve():
         raise ValueError(
             f"output_dir {output_dir} is dataset_dir itself, where results would be taken for scans the next time: "

@@ -78,7 +78,8 @@ class LoadScand(MapTransform):
             if broken := voxels.size - np.count_nonzero(np.isfinite(voxels)):
                 raise Unusable(f"{broken} voxels are NaN or infinite")
         except Exception as error:
-            raise ValueError(f"cannot read the scan {name}: {reason_of(error)}") from error
+            where = os.path.dirname(name) if series and len(image) > 1 else name
+            raise ValueError(f"cannot read the scan {where}: {reason_of(error)}") from error
         meta = {
             "filename_or_obj": name,
             "original_affine": affine.copy(),
@@ -160,7 +161,7 @@ def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = Tr
         if ds.get("Modality") != "MR":
             raise Unusable(f"not MR: the DICOM modality is {ds.get('Modality') or 'not given'}")
         if not ds.get("Rows") or not ds.get("Columns"):
-            raise Unusable("no pixel data in it")
+            raise Unusable(f"no pixel data in {Path(path).name}: truncated, or no image")
         if int(ds.get("SamplesPerPixel") or 1) != 1 or "MONOCHROME" not in ds.get("PhotometricInterpretation", ""):
             raise Unusable("a colour image (RGB or palette)")
         datasets.append(ds)
@@ -263,7 +264,7 @@ def _stack_geometry(frames: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 def _dicom_pixels(ds: pydicom.Dataset, name: str) -> np.ndarray:
     """Stored pixel values of a DICOM file, (frames, rows, columns); raises `Unusable`."""
     if not any(keyword in ds for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise Unusable("no pixel data in it")
+        raise Unusable(f"no pixel data in {name}: truncated, or no image")
     try:
         return np.asarray(ds.pixel_array).reshape(-1, int(ds.Rows), int(ds.Columns))
     except Exception as error:  # each decoder has its own exceptions
