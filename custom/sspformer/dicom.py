@@ -169,9 +169,7 @@ def segmentation_to_dicom(
         Unusable: if the files are no series that a result can refer to, or their grid is another one.
     """
     hd = import_highdicom()
-    stack = _read_sources(files)
-    frames = [stack.frames[i] for i in stack.order]
-    first = stack.datasets[frames[0]["file"]]
+    stack, frames, first = _read_sources(files)
     planes = np.ascontiguousarray(labels.T)  # slices, rows, columns
     if planes.shape != (shape := (len(frames), int(first.Rows), int(first.Columns))):
         raise Unusable(f"the label map has {planes.shape} slices, rows and columns, the series {shape}")
@@ -232,9 +230,7 @@ def image_to_dicom(
         Unusable: if the files are no series that a result can refer to, or the folder holds something else.
     """
     hd = import_highdicom()
-    stack = _read_sources(files)
-    frames = [stack.frames[i] for i in stack.order]
-    first = stack.datasets[frames[0]["file"]]
+    stack, frames, first = _read_sources(files)
     is_short = int(first.get("BitsAllocated") or 16) <= 16
     rescalings = {(frame["slope"], frame["intercept"]) for frame in frames} if is_short else set()
     stored, slope, intercept = _quantized(voxels, rescalings)
@@ -307,8 +303,9 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _read_sources(files: Sequence[str | Path]) -> DicomStack:
-    """The headers of a series that results are to refer to; raises `Unusable` if they lack an identifier."""
+def _read_sources(files: Sequence[str | Path]) -> tuple[DicomStack, list[dict], Dataset]:
+    """The headers of a series that results are to refer to, its frames in the order of the stack, and the header of the
+    first; raises `Unusable` if one lacks an identifier."""
     stack = read_stack(files, pixels=False)
     frame_of_reference = generate_uid()  # of a series that has none
     for ds in stack.datasets:
@@ -316,7 +313,8 @@ def _read_sources(files: Sequence[str | Path]) -> DicomStack:
             if not ds.get(keyword):
                 raise Unusable(f"no {keyword} in the DICOM header, so no result can refer to the series")
         ds.FrameOfReferenceUID = ds.get("FrameOfReferenceUID") or frame_of_reference
-    return stack
+    frames = [stack.frames[i] for i in stack.order]
+    return stack, frames, stack.datasets[frames[0]["file"]]
 
 
 def _header(ds: Dataset, number: int, keywords: Sequence[str]) -> Dataset:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .data.checking import digest, stats, write_atomically
 from .data.naming import NIFTI_SUFFIX, stem
+from .data.reading import files_of, is_series
 from .visualize import restoration_panel, segmentation_panel
 
 __all__ = [
@@ -343,7 +344,7 @@ def unfinished(
         where = (item["name"], output_dir, postfix)
         output, before = output_path(*where), record_path(*where)
         beside = [picture_path(*where)] if pictures else []
-        beside += [dicom_path(*where)] if dicom and not isinstance(item["image"], (str, os.PathLike)) else []
+        beside += [dicom_path(*where)] if dicom and is_series(item["image"]) else []
         written = before.read_text() if output.is_file() and before.is_file() else ""
         source = json.loads(written)["source"] if written else ""
         if overwrite or source in ("", json.loads(record)["source"]):
@@ -365,12 +366,11 @@ def _is_newer(path: Path, output: Path) -> bool:
 
 def _record(image: str | Sequence[str], weights: str | Path, options: Mapping[str, Any]) -> str:
     """What an output is made from, as JSON; a series is named by its folder."""
-    is_series = not isinstance(image, (str, os.PathLike))
-    files = [Path(file).absolute() for file in (image if is_series else [image])]
+    files = [file.absolute() for file in files_of(image)]
     pair = [file.with_suffix(".img") for file in files if file.suffix.lower() == ".hdr"]
     model = Path(weights).absolute()
     record = {
-        "source": str(files[0].parent if is_series else files[0]),
+        "source": str(files[0].parent if is_series(image) else files[0]),
         "source_version": digest(stats(files + pair)),
         "weights": str(model),
         "weights_version": digest(stats([model] if model.is_file() else [])),
@@ -388,7 +388,7 @@ class InferenceDataset(Dataset):
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable | None = None) -> None:
-        names = [item.get("name") or stem(Path(_first_file(item["image"])).name) for item in data]
+        names = [item.get("name") or stem(files_of(item["image"])[0].name) for item in data]
         count = Counter(names)
         names = [name if count[name] == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
         self.items = [{**item, "name": name} for item, name in zip(data, names)]
@@ -399,7 +399,7 @@ class InferenceDataset(Dataset):
         reason = item.get("reason")
         if not reason:
             try:
-                files = {} if isinstance(item["image"], (str, os.PathLike)) else {"files": list(item["image"])}
+                files = {"files": list(item["image"])} if is_series(item["image"]) else {}
                 return {**super()._transform(index), **files}
             except Exception as error:  # whatever is wrong with this scan, the others do not suffer
                 reason = _reason(error)
@@ -423,10 +423,6 @@ class InferenceEvaluator(SupervisedEvaluator):
             return super()._iteration(engine, batchdata)
         except Exception as error:  # out of memory, disk full, ...
             return {"reason": _reason(error)}
-
-
-def _first_file(image: str | Sequence[str]) -> str:
-    return str(image if isinstance(image, (str, os.PathLike)) else image[0])
 
 
 def _reason(error: BaseException) -> str:

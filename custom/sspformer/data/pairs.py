@@ -30,7 +30,7 @@ from .datalist import (
 )
 from .finding import Scan, find_scans, has_lists, is_dicom, read_datalist, read_json, walk
 from .naming import NIFTI_SUFFIX, stem
-from .reading import by, reason_of
+from .reading import by, files_of, reason_of
 
 logger = logging.getLogger("sspformer")
 
@@ -185,7 +185,7 @@ def check_pairs(
     """
     pairs = []
     for item in items:
-        files = _files_of(item["image"])
+        files = files_of(item["image"])
         series = "x" if len(files) > 1 or is_dicom(files[0]) else ""
         pairs.append(Scan(files, PurePosixPath(files[0].name), "?", series, label_map=Path(item["label"])))
     if output_dir:
@@ -209,12 +209,8 @@ def file_hashing(item: Mapping) -> bytes:
     """Hash of an item and of the state of its files, for ``hash_func`` of MONAI's ``PersistentDataset``: a label map
     that was saved anew under its old name is read anew. Our own items have that state as their "version"."""
     keys = () if "version" in item else ("image", "label")
-    files = [file for key in keys if key in item for file in _files_of(item[key])]
+    files = [file for key in keys if key in item for file in files_of(item[key])]
     return digest([item, stats(files)]).encode()
-
-
-def _files_of(image: str | os.PathLike | Sequence[str]) -> list[Path]:
-    return [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
 
 
 def _find_pairs(

@@ -49,6 +49,16 @@ def reason_of(error: Exception) -> str:
     return f"cannot be read ({type(error).__name__})"
 
 
+def is_series(image: str | os.PathLike | Sequence[str]) -> bool:
+    """Whether an item's image is the list of a DICOM series' files, and not the path of one file."""
+    return not isinstance(image, (str, os.PathLike))
+
+
+def files_of(image: str | os.PathLike | Sequence[str]) -> list[Path]:
+    """The files of an item's image."""
+    return [Path(file) for file in (image if is_series(image) else [image])]
+
+
 class LoadScand(MapTransform):
     """Reads the items of `prepare_datalist`, `prepare_pairs` and `find_inputs`.
 
@@ -71,7 +81,7 @@ class LoadScand(MapTransform):
 
     @staticmethod
     def _load(image: str | Path | Sequence[str], volume: int | None) -> MetaTensor:
-        series = not isinstance(image, (str, os.PathLike))
+        series = is_series(image)
         name = str(image[0] if series else image)
         try:
             voxels, affine = read_dicom(image)[:2] if series else read_nifti(image, volume)
