@@ -238,17 +238,19 @@ class FreezeEncoder:
     """Train the decoder alone for the first epochs: new layers do not shake pretrained ones.
 
     Args:
-        network: a dense network.
+        network: a dense network; any other too where ``epochs`` is 0.
         epochs: for how many; 0: none; as many as the run has: the encoder stays as it was pretrained.
     """
 
     def __init__(self, network: torch.nn.Module, epochs: int = 0) -> None:
         if epochs < 0:
             raise ValueError(f"freeze_epochs must be 0 or more, got {epochs}.")
-        self.encoder, self.epochs = getattr(network, "module", network).encoder, epochs
+        self.encoder = getattr(network, "module", network).encoder if epochs else None
+        self.epochs = epochs
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
+        if self.encoder is not None:
+            engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         self.encoder.requires_grad_(engine.state.epoch > self.epochs)

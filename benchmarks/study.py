@@ -1,0 +1,523 @@
+"""The study: does the pretraining help, and do its masks and its noise? Protocol and results: bundle/docs/STUDY.md.
+
+Runs the bundle's own workflows, as users do, and says what it is doing; a complete run is not repeated, a killed one
+goes on where it stopped:
+
+    python benchmarks/study.py --data_dir ../shared/data
+
+- ``pretrain``: `pretrain.json` for each arm and seed, at equal time;
+- ``segment``: `train.json` from each arm's encoder (or from scratch, or with a peer in the network's place), for each
+  task and number of labelled subjects, at equal steps (peers: equal time), then `evaluate.json` on the test subjects;
+- ``robustness``: `evaluate.json` again, on test scans with artifacts;
+- ``restore``: denoising and super-resolution from each arm's encoder, then ``denoising.py``, ``super_resolution.py``;
+- ``report``: tables with intervals and pictures of what is complete, in ``results/study_*``.
+
+``--jobs`` runs at a time, each with its share of the CPU cores, in the order of the protocol: all of one seed before
+the next. ``--full``: every arm with every number of labels, as the protocol wants it where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from _common import RESULTS, print_table, write_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "benchmarks" / "configs"
+
+
+def torchio(name: str, **options) -> dict[str, object]:
+    """A transform of TorchIO in a config."""
+    return {"_target_": "artifacts.TorchIOd", "keys": "image", "name": name, **options}
+
+
+#: arm of the pretraining: options of pretrain.json, and its epochs over those of the others, for equal time
+ARMS: dict[str, tuple[list[str], float]] = {
+    "random": (["--beta", "0.0"], 1.0),
+    "scheduled": (["--beta", "0.5"], 1.0),
+    "hard": ([str(CONFIGS / "hard_patches.json"), "--beta", "0.5", "--beta_warmup_share", "1.0"], 0.7),
+    "constant": (["--beta", "0.5", "--beta_warmup_share", "0.0"], 1.0),
+    "hints": (["--beta", "0.5", "--mask#hints", "0.05"], 1.0),
+    "random_clean": (["--beta", "0.0", "--noise", "None"], 1.0),
+    "scheduled_clean": (["--beta", "0.5", "--noise", "None"], 1.0),
+}
+EPOCHS, CROP = 40, 64  # of the pretraining: 800 steps of 8 crops
+#: peers of the segmentation, from scratch: time of a step over ours, which divides the number of steps
+PEERS = {
+    "segresnet": {"brain_structures": 1.25, "hippocampus": 1.36},
+    "swinunetr": {"brain_structures": 5.0, "hippocampus": 3.4},
+    "unetr": {"brain_structures": 1.6, "hippocampus": 2.7},
+}
+STAGES = ("pretrain", "segment", "robustness", "report")
+MAIN = ("scratch", "random", "scheduled")  # with every number of labels
+ROBUSTNESS = ("brain_structures", 110)  # what the scans with artifacts are segmented by
+ROBUST_ARMS = ("random", "scheduled")
+#: differences that are reported; True: primary, they count in the correction for the number of comparisons
+COMPARISONS = (
+    ("scheduled", "scratch", True),
+    ("scheduled", "random", True),
+    ("random", "scratch", False),
+    ("hard", "random", False),
+    ("constant", "random", False),
+    ("hints", "random", False),
+    ("random", "random_clean", False),
+    ("scheduled", "scheduled_clean", False),
+    ("scheduled_clean", "random_clean", False),
+)
+N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
+TASKS = {
+    # "few": the arms with the fewest labels in the reduced matrix
+    "brain_structures": {
+        "overlays": [],
+        "batch": 1,
+        "steps": 1000,
+        "labels": (5, 20, 110),
+        "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
+        "few": ("scratch", "random", "scheduled"),
+    },
+    "hippocampus": {
+        "overlays": ["hippocampus"],
+        "batch": 4,
+        "steps": 400,
+        "labels": (10, 50, 126),
+        "few": ("scratch", *ARMS),
+        "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
+    },
+}
+
+#: artifacts of the test scans; those of TorchIO are made otherwise than any that our training draws
+ARTIFACTS = {
+    "ghosting": torchio("RandomGhosting", num_ghosts=[4, 4], axes=[1], intensity=[1.0, 1.0]),
+    "motion": torchio("RandomMotion", degrees=[4.0, 8.0], translation=[4.0, 8.0], num_transforms=2),
+    "bias field": torchio("RandomBiasField", coefficients=[-0.5, 0.5], order=3),
+    "spikes": torchio("RandomSpike", num_spikes=[2, 2], intensity=[0.5, 0.5]),
+    "noise": {"_target_": "RandRicianNoised", "keys": "image", "prob": 1.0, "std": 0.08, "sample_std": False},
+    "low resolution": {
+        "_target_": "sspformer.transforms.RandReducedResolutiond",
+        "keys": "image",
+        "prob": 1.0,
+        "factor": [2.5, 2.5],
+    },
+    "contrast": {"_target_": "RandAdjustContrastd", "keys": "image", "prob": 1.0, "gamma": [2.0, 2.0]},
+}
+#: the scaling of the bundle, which a scan with an artifact goes through like any other
+RESCALING = {
+    "_target_": "ScaleIntensityRangePercentilesd",
+    "keys": "image",
+    "lower": 0.5,
+    "upper": 99.5,
+    "b_min": 0.0,
+    "b_max": 1.0,
+    "clip": True,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of the matrix: what it is called, whether it is complete, and how it is done."""
+
+    name: str
+    complete: Callable[[], bool]
+    run: Callable[[], None]
+
+
+class Study:
+    """Where the study's data and runs are.
+
+    Args:
+        data_dir: folder with manifest.csv and the tasks' folders.
+        work_dir: folder of the runs.
+        jobs: runs at a time.
+    """
+
+    def __init__(self, data_dir: Path, work_dir: Path, jobs: int) -> None:
+        self.data_dir, self.work_dir, self.jobs = data_dir.resolve(), work_dir.resolve(), jobs
+        self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        if not (self.data_dir / "manifest.csv").is_file():
+            raise SystemExit(f"no manifest.csv in {data_dir}: give the folder of the shared data with --data_dir")
+        with (self.data_dir / "manifest.csv").open(newline="", encoding="utf-8") as file:
+            self.manifest = list(csv.DictReader(file))
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def datalist(self, name: str, splits: dict[str, Sequence[str]], folders: Sequence[str]) -> Path:
+        """MSD-style datalist of the manifest's rows in some folders; labels where there are any."""
+        items = {}
+        for section, wanted in splits.items():
+            rows = [row for row in self.manifest if row["split"] in wanted and row["file"].startswith(tuple(folders))]
+            items[section] = [self._item(row) for row in rows]
+        path = self.work_dir / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(items, indent=1))
+        return path
+
+    def _item(self, row: dict[str, str]) -> dict[str, str]:
+        file = Path(row["file"])
+        # "sub-07" is another person in another dataset
+        subject = f"{file.name.split('_')[0]}_{row['subject']}" if file.parts[0] == "heads" else row["subject"]
+        item = {"image": os.path.relpath(self.data_dir / file, self.work_dir), "subject": subject}
+        label = self.data_dir / row["file"].replace("/images/", "/labels/")
+        if "/images/" in row["file"] and label.is_file():
+            item["label"] = os.path.relpath(label, self.work_dir)
+        return item
+
+    # -- workflows ----------------------------------------------------------------------------------------------------
+
+    def bundle(self, run_id: str, config: str, overlays: Sequence[str], options: Sequence[str], output: Path) -> None:
+        """One of the bundle's workflows in a process of its own; messages and seconds go to its output folder."""
+        output.mkdir(parents=True, exist_ok=True)
+        log = output / f"{config}.log"
+        files = [str(file) if Path(file).suffix else f"configs/{file}.json" for file in (config, *overlays)]
+        command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
+        command += ["--meta_file", "configs/metadata.json", "--logging_file", "configs/logging.conf"]
+        command += [*options, "--output_dir", str(output)]
+        path = [str(ROOT / "custom"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]
+        variables = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": str(self.threads)}
+        start = time.perf_counter()
+        with log.open("a") as file:
+            result = subprocess.run(
+                command, cwd=ROOT / "bundle", env={**os.environ, **variables}, stdout=file, stderr=file
+            )
+        if result.returncode:
+            raise RuntimeError(f"{run_id} failed, see {log}:\n{''.join(log.read_text().splitlines(True)[-5:])}")
+        with (output / "seconds.csv").open("a") as file:
+            file.write(f"{config},{time.perf_counter() - start:.0f}\n")
+
+    def pretrain(self, arm: str, seed: int) -> Cell:
+        """The pretraining of an arm."""
+        options, share = ARMS[arm]
+        overlays, options = [o for o in options if o.endswith(".json")], [o for o in options if not o.endswith(".json")]
+        epochs = round(EPOCHS * share)
+        output = self.work_dir / "pretrain" / f"{arm}_{seed}"
+
+        def run() -> None:
+            lists = self.datalist(
+                "pretrain",
+                {"training": ["train"], "validation": ["val"]},
+                ["heads/", "brain_structures/images/"],
+            )
+            fixed = {
+                "dataset_dir": lists,
+                "cache_dir": self.work_dir / "cache",
+                "image_size": [CROP] * 3,
+                "crops_per_scan": 1,
+                "epochs": epochs,
+                "val_interval": max(1, epochs // 4),
+                "learning_rate": 0.001,
+                "seed": seed,
+            }
+            self.bundle("training", "pretrain", overlays, [*as_options(fixed), *options], output)
+
+        return Cell(f"pretrain {arm} {seed}", lambda: epochs_done(output) >= epochs, run)
+
+    def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
+        """Fine-tuning from an arm's encoder, from ``scratch``, or of a peer; then Dice on the test subjects."""
+        setup, output = TASKS[task], self.run_of(task, n_labels, start, seed)
+        peer = start in PEERS
+        steps = round(setup["steps"] / PEERS[start][task]) if peer else setup["steps"]
+        overlays = [*setup["overlays"], *([CONFIGS / f"{start}.json"] if peer else [])]
+        crops = max(1, round(50 * setup["batch"] / n_labels))  # an epoch of about 50 steps, or of a crop a subject
+        epochs = max(1, round(steps / -(-n_labels * crops // setup["batch"])))
+
+        def run() -> None:
+            lists = self.datalist(task, setup["splits"], [f"{task}/images/"])
+            if epochs_done(output) < epochs:
+                options = {
+                    "dataset_dir": lists,
+                    "seed": seed,
+                    "pretrained": "null" if start == "scratch" or peer else self.encoder(start, seed),
+                    "batch_size": setup["batch"],
+                    "max_subjects": n_labels,
+                    "crops_per_scan": crops,
+                    "epochs": epochs,
+                    "val_interval": epochs,
+                    "max_val_scans": 4,
+                    "cache_dir": self.work_dir / "cache",
+                }
+                self.bundle("training", "train", overlays, as_options(options), output)
+            self.evaluate(task, overlays, output, output / "evaluation")
+
+        return Cell(f"segment {task} {n_labels} {start} {seed}", (output / "evaluation" / "metrics.csv").is_file, run)
+
+    def robustness(self, task: str, n_labels: int, start: str, seed: int, artifact: str) -> Cell:
+        """Dice of a fine-tuned network on test scans with an artifact."""
+        output = self.run_of(task, n_labels, start, seed)
+        target = output / f"evaluation_{artifact}"
+
+        def run() -> None:
+            overlay = self.work_dir / "artifacts" / f"{artifact}.json"
+            overlay.parent.mkdir(parents=True, exist_ok=True)
+            overlay.write_text(json.dumps({"+preprocessing": [ARTIFACTS[artifact], RESCALING]}))
+            self.evaluate(task, [*TASKS[task]["overlays"], overlay], output, target)
+
+        return Cell(f"robustness {task} {n_labels} {start} {seed} {artifact}", (target / "metrics.csv").is_file, run)
+
+    def evaluate(self, task: str, overlays: Sequence[str | Path], run: Path, output: Path) -> None:
+        """Dice alone on the test subjects of a task."""
+        options = {
+            "dataset_dir": self.work_dir / f"{task}.json",
+            "weights": run / "models" / "model.pt",
+            "max_pictures": 1,
+            "additional_metrics": "{}",
+        }
+        self.bundle("evaluating", "evaluate", overlays, as_options(options), output)
+
+    def run_of(self, task: str, n_labels: int, start: str, seed: int) -> Path:
+        """Output folder of a fine-tuning."""
+        return self.work_dir / task / f"{n_labels}_{start}_{seed}"
+
+    def encoder(self, arm: str, seed: int) -> Path:
+        """Where the pretraining of an arm leaves its encoder."""
+        return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
+
+
+def as_options(settings: dict[str, object]) -> list[str]:
+    """Command-line options of a bundle's workflow."""
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def epochs_done(output: Path) -> int:
+    """Epochs that the history of a run has."""
+    history = output / "history.csv"
+    if not history.is_file():
+        return 0
+    with history.open(newline="") as file:
+        return max((int(float(row["epoch"])) for row in csv.DictReader(file)), default=0)
+
+
+def run_all(cells: Sequence[Cell], jobs: int) -> None:
+    """The cells that are not complete, ``jobs`` at a time; one that fails is named and does not stop the others."""
+    left = [cell for cell in cells if not cell.complete()]
+    print(f"{len(cells) - len(left)} of {len(cells)} runs are complete", flush=True)
+    lock, failed, start = threading.Lock(), [], time.perf_counter()
+
+    def one(cell: Cell) -> None:
+        begin = time.perf_counter()
+        try:
+            cell.run()
+            outcome = f"{time.perf_counter() - begin:.0f} s"
+        except Exception as error:  # the others may still go well
+            failed.append(cell.name)
+            outcome = f"FAILED: {error}"
+        with lock:
+            done.append(cell.name)
+            minutes = (time.perf_counter() - start) / 60
+            print(f"[{len(done)}/{len(left)}, {minutes:.0f} min] {cell.name}: {outcome}", flush=True)
+
+    done: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, left))
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The matrix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
+    """The runs of every stage, in the order of the protocol: all of one seed before the next."""
+    cells: dict[str, list[Cell]] = {stage: [] for stage in STAGES}
+    for seed in args.seeds:
+        cells["pretrain"] += [study.pretrain(arm, seed) for arm in args.arms]
+        for task in args.tasks:
+            fewest, *more = TASKS[task]["labels"]
+            for n_labels in (fewest, *more):
+                starts = ["scratch", *args.arms]
+                if not args.full:
+                    wanted = TASKS[task]["few"] if n_labels == fewest else MAIN
+                    starts = [start for start in starts if start in wanted]
+                if n_labels == TASKS[task]["labels"][-1] or args.full:
+                    starts += args.peers
+                cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
+        task, n_labels = ROBUSTNESS
+        for start in ("scratch", *args.arms) if args.full else ("scratch", *ROBUST_ARMS):
+            if start in ("scratch", *args.arms):
+                cells["robustness"] += [study.robustness(task, n_labels, start, seed, name) for name in ARTIFACTS]
+    return cells
+
+
+def collect(study: Study, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Mean Dice of every test subject in the complete runs: on the scans as they are, and on those with artifacts."""
+    clean, robust = [], []
+    for task in args.tasks:
+        for run in sorted((study.work_dir / task).glob("*_*")):
+            n_labels, start, seed = run.name.split("_", 1)[0], *run.name.split("_", 1)[1].rsplit("_", 1)
+            for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
+                artifact = evaluation.parent.name.removeprefix("evaluation").removeprefix("_")
+                with evaluation.open(newline="") as file:
+                    rows = [row for row in csv.DictReader(file) if row["structure"] == "mean"]
+                here = {"task": task, "n_labels": int(n_labels), "start": start, "seed": int(seed)}
+                for row in rows:
+                    line = {**here, "subject": row["subject"], "dice": float(row["dice"])}
+                    if artifact:
+                        robust.append({"artifact": artifact, **line})
+                    else:
+                        clean.append(line)
+    return clean, robust
+
+
+def table_of(rows: Sequence[dict], **wanted: object) -> np.ndarray:
+    """Dice ``(seeds, subjects)`` of the rows with these entries, seeds and subjects in order."""
+    rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    seeds, subjects = sorted({row["seed"] for row in rows}), sorted({row["subject"] for row in rows})
+    place = {(row["seed"], row["subject"]): row["dice"] for row in rows}
+    return np.array([[place[seed, subject] for subject in subjects] for seed in seeds]).reshape(len(seeds), -1)
+
+
+def interval(values: np.ndarray, confidence: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
+    """Bootstrap interval of the mean of ``(seeds, subjects)``: both are drawn anew, with replacement."""
+    rng = np.random.default_rng(0)
+    n_seeds, n_subjects = values.shape
+    means = np.empty(draws)
+    for i in range(draws):
+        means[i] = values[rng.integers(n_seeds, size=n_seeds)][:, rng.integers(n_subjects, size=n_subjects)].mean()
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def compare(rows: Sequence[dict], columns: Sequence[str], primary: int, digits: int = 4) -> list[dict]:
+    """Means of each arm, and differences of the pairs of ``COMPARISONS``, with intervals.
+
+    Args:
+        rows: of :func:`collect`.
+        columns: what a table is made for each value of: task, number of labels.
+        primary: number of primary comparisons, for the corrected interval of the differences.
+        digits: decimals.
+    """
+    summary = []
+    for group in sorted({tuple(row[column] for column in columns) for row in rows}):
+        here = dict(zip(columns, group, strict=True))
+        tables = {start: table_of(rows, start=start, **here) for start in dict.fromkeys(row["start"] for row in rows)}
+        tables = {start: table for start, table in tables.items() if table.size}
+
+        order = [start for start in ("scratch", *ARMS, *PEERS) if start in tables]
+        summary += [{**here, **statistics(start, tables[start], digits)} for start in order]
+        for first, second, is_primary in COMPARISONS:
+            if first in tables and second in tables:
+                n = min(len(tables[first]), len(tables[second]))  # seeds that both have
+                difference = tables[first][:n] - tables[second][:n]
+                corrected = 1 - 0.05 / primary if is_primary else None
+                summary.append({**here, **statistics(f"{first} - {second}", difference, digits, corrected)})
+    return summary
+
+
+def statistics(name: str, values: np.ndarray, digits: int, corrected: float | None = None) -> dict:
+    """Mean of ``(seeds, subjects)``, its interval and the one at the confidence ``corrected``, each seed's mean."""
+    columns = {"mean": values.mean()}
+    columns["low"], columns["high"] = interval(values)
+    if corrected is not None:
+        columns["low_corrected"], columns["high_corrected"] = interval(values, corrected)
+    counts = {"arm": name, "seeds": values.shape[0], "subjects": values.shape[1]}
+    means = " ".join(f"{value:.{digits}f}" for value in values.mean(axis=1))
+    return {**counts, **{k: round(float(v), digits) for k, v in columns.items()}, "of_each_seed": means}
+
+
+def report(study: Study, args: argparse.Namespace) -> None:
+    """Tables and pictures of what is complete."""
+    clean, robust = collect(study, args)
+    if not clean:
+        print("nothing is complete yet")
+        return
+    write_csv(RESULTS / "study_segmentation.csv", clean)
+    summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
+    write_csv(RESULTS / "study_segmentation_summary.csv", summary)
+    print_table(list(summary[-1]), [[row.get(name, "") for name in summary[-1]] for row in summary])
+    plot_labels(summary, RESULTS / "study_labels.png")
+    if robust:
+        # the loss of each subject against its own scan without the artifact
+        before = {(r["task"], r["n_labels"], r["start"], r["seed"], r["subject"]): r["dice"] for r in clean}
+        losses = [
+            {**r, "dice": r["dice"] - before[r["task"], r["n_labels"], r["start"], r["seed"], r["subject"]]}
+            for r in robust
+        ]
+        every = [{**row, "artifact": "mean of all"} for row in mean_over(losses)]
+        write_csv(RESULTS / "study_robustness.csv", robust)
+        summary = compare([*losses, *every], ["task", "n_labels", "artifact"], len(ROBUST_ARMS))
+        write_csv(RESULTS / "study_robustness_summary.csv", summary)
+        print_table(list(summary[-1]), [[row.get(name, "") for name in summary[-1]] for row in summary])
+
+
+def mean_over(rows: Sequence[dict]) -> list[dict]:
+    """Rows averaged over the artifacts, where a run has them all."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["n_labels"], row["start"], row["seed"], row["subject"]), []).append(row)
+    return [
+        {**group[0], "dice": sum(row["dice"] for row in group) / len(group)}
+        for group in groups.values()
+        if len(group) == len(ARTIFACTS)
+    ]
+
+
+def plot_labels(summary: Sequence[dict], path: Path) -> None:
+    """Dice against the number of labelled subjects."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in summary))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        for start in dict.fromkeys(row["arm"] for row in summary if " - " not in row["arm"]):
+            rows = [row for row in summary if row["task"] == task and row["arm"] == start]
+            if not rows:
+                continue
+            shift = 1 + 0.02 * (list((*MAIN, *ARMS, *PEERS)).index(start) - 4)  # so that intervals stand side by side
+            x = [row["n_labels"] * shift for row in rows]
+            y = [row["mean"] for row in rows]
+            spread = [[row["mean"] - row["low"] for row in rows], [row["high"] - row["mean"] for row in rows]]
+            line = "-" if start in MAIN else ""
+            axis.errorbar(x, y, spread, fmt=line, marker="o", ms=4, capsize=2, lw=1.2, label=start.replace("_", ", "))
+        axis.set_xscale("log")
+        axis.set_xticks(TASKS[task]["labels"], [str(n) for n in TASKS[task]["labels"]])
+        axis.minorticks_off()
+        axis.set_title(task.replace("_", " "))
+        axis.set_xlabel("labelled subjects")
+        axis.set_ylabel("mean Dice of the test subjects")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"written to {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of manifest.csv")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "study", help="folder of the runs")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--full", action="store_true", help="every arm with every number of labels")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
+    args = parser.parse_args()
+    study = Study(args.data_dir, args.work_dir, args.jobs)
+    cells = matrix(study, args)
+    for stage in args.stages:
+        if stage != "report":
+            print(f"{stage}:", flush=True)
+            run_all(cells[stage], args.jobs)
+    if "report" in args.stages:
+        report(study, args)
+
+
+if __name__ == "__main__":
+    main()
