@@ -35,7 +35,8 @@ def main(bundle: Path, overlay: str, target: Path) -> None:
 
     # overlays have a task, and weights that are left out; the documentation is about the weights that are left out
     tasks = {path.name for path in bundle.glob("configs/*.json") if "task" in json.loads(path.read_text())}
-    left_out = {"models", "docs", "output", "demo_data", "__pycache__", *tasks - {f"{name}.json" for name in WORKFLOWS}}
+    made = {"output", "demo_data", "demo_head", "__pycache__"}
+    left_out = {"models", "docs", *made, *tasks - {f"{name}.json" for name in WORKFLOWS}}
     shutil.copytree(bundle, target, ignore=shutil.ignore_patterns(*left_out))
     (target / "docs").mkdir()
     shutil.copy(licence, target / "docs")

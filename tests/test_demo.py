@@ -12,7 +12,7 @@ import pydicom
 import pytest
 from monai.transforms import LoadImage
 
-from sspformer.demo import LABELS, PROTOCOLS, make_demo_dataset
+from sspformer.demo import LABELS, PROTOCOLS, make_demo_dataset, make_demo_head
 
 N_SUBJECTS = 3
 
@@ -175,3 +175,14 @@ def test_without_nilearn_the_error_names_both_ways_out(tmp_path, monkeypatch):
 def test_too_few_subjects_are_refused(tmp_path, n_subjects):
     with pytest.raises(ValueError, match=f"n_subjects is {n_subjects}"):
         make_demo_dataset(tmp_path / "set", n_subjects=n_subjects)
+
+
+def test_the_head_of_the_demonstration_is_the_template_and_is_made_once(tmp_path):
+    path = Path(make_demo_head(tmp_path / "new" / "head"))
+    head = nib.load(path)
+    assert (
+        head.shape == (197, 233, 189) and np.allclose(head.header.get_zooms(), 1) and head.get_data_dtype() == np.uint8
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["mni152.nii.gz"]
+    before = path.stat().st_mtime_ns
+    assert make_demo_head(tmp_path / "new" / "head") == str(path) and path.stat().st_mtime_ns == before

@@ -1,4 +1,5 @@
-"""The demonstration dataset: a dozen variations of one averaged brain, built on first use without any download.
+"""The demonstration dataset: a dozen variations of one averaged brain, built on first use without any download; and
+that brain as it is, for inference.
 
 It exists so that every workflow runs out of the box and every loader meets what clinical folders hold: NIfTI and DICOM,
 several orientations, voxel spacings, contrasts and intensity scales. It is not data to learn anatomy from: all subjects
@@ -23,7 +24,7 @@ from monai.networks.layers import GaussianFilter
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-__all__ = ["LABELS", "make_demo_dataset"]
+__all__ = ["LABELS", "make_demo_dataset", "make_demo_head"]
 
 VERSION = 3  # raise it when the images made from the same seed change
 MARKER = "demo.json"
@@ -123,6 +124,28 @@ def make_demo_dataset(output_dir: str | os.PathLike, n_subjects: int = 12, seed:
             if not _is_complete(folder, wanted):
                 raise
     return str(folder)
+
+
+def make_demo_head(output_dir: str | os.PathLike) -> str:
+    """Write the averaged brain itself, ``mni152.nii.gz``: T1-weighted, 1 mm, skull-stripped, 8 bit.
+
+    Args:
+        output_dir: the folder to write it to; a file of this name is left as it is.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        ImportError: if the nilearn package, which carries the template, is not installed.
+    """
+    path = Path(output_dir).expanduser().absolute() / "mni152.nii.gz"
+    if not path.is_file():
+        t1, _, affine = _load_template()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as workspace:  # complete or not at all
+            _write_nifti(Path(workspace, path.name), t1, affine)
+            Path(workspace, path.name).replace(path)
+    return str(path)
 
 
 def _read_marker(folder: Path) -> dict | None:
