@@ -50,8 +50,8 @@ ARMS: dict[str, tuple[list[str], float]] = {
     "hard": ([str(CONFIGS / "hard_patches.json"), "--beta", "0.5", "--beta_warmup_share", "1.0"], 0.7),
     "constant": (["--beta", "0.5", "--beta_warmup_share", "0.0"], 1.0),
     "hints": (["--beta", "0.5", "--mask#hints", "0.05"], 1.0),
-    "random_clean": (["--beta", "0.0", "--noise", "None"], 1.0),
-    "scheduled_clean": (["--beta", "0.5", "--noise", "None"], 1.0),
+    "random_clean": (["--beta", "0.0", "--noise", "null"], 1.0),
+    "scheduled_clean": (["--beta", "0.5", "--noise", "null"], 1.0),
 }
 EPOCHS, CROP = 40, 64  # of the pretraining: 800 steps of 8 crops
 #: peers of the segmentation, from scratch: time of a step over ours, which divides the number of steps

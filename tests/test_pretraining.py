@@ -1,9 +1,12 @@
 """What ties the method into MONAI's engines: batches prepared on the device, reconstructions, handlers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor, list_data_collate
 
 from sspformer.handlers import History, SeedEpoch, find_checkpoint, save_atomically
@@ -35,6 +38,14 @@ def test_a_batch_has_the_noisy_image_the_clean_target_and_the_indices():
     assert torch.equal(kwargs["ids_keep"], target["keep"]) and torch.equal(kwargs["ids_predict"], target["mask"])
     predicted = prepare(predict_visible=True)(data, "cpu")[3]["ids_predict"]
     assert torch.equal(predicted.sort().values, torch.arange(64).expand(2, 64))
+
+
+def test_null_on_the_command_line_switches_the_noise_off():
+    config = ConfigParser()
+    config.read_config(Path(__file__).resolve().parents[1] / "bundle/configs/pretrain.json")
+    config["noise"] = "null"  # MONAI drops options that are None, which the word None becomes
+    noisy, target, _, _ = config.get_parsed_content("train#prepare_batch")(batch((24, 24, 24)), "cpu")
+    assert torch.equal(noisy, target["image"])
 
 
 def test_masks_are_scored_on_the_clean_image_with_the_spacing_of_the_affine():

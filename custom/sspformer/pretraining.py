@@ -15,6 +15,7 @@ from monai.utils import str2bool
 from torch import Tensor
 
 from . import kspace
+from .finetuning import is_null
 from .losses import normalize_patches
 from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
 from .transforms.masking import MaskIndices, MaskSampler, voxel_mask
@@ -137,7 +138,7 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
 
     Args:
         mask: draws the masks.
-        noise: draws the noise; None: the input is the clean image.
+        noise: draws the noise; None, or "null" as a command line has it: the input is the clean image.
         predict_visible: ask the network for the visible patches as well, for a loss with ``visible_weight`` above 0.
         image_key: entry of the batch, ``(B, C, *S)``, values in [0, 1]; spacing is read from it if it is a MetaTensor.
         seed: of the noise and the masks; :class:`sspformer.handlers.SeedEpoch` sets it anew each epoch.
@@ -151,7 +152,7 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
         image_key: str = "image",
         seed: int = 0,
     ) -> None:
-        self.mask, self.noise = mask, noise
+        self.mask, self.noise = mask, None if is_null(noise) else noise
         self.predict_visible = predict_visible
         super().__init__(image_key, seed)
 
