@@ -1,0 +1,107 @@
+"""What the weights that ship make of the MNI152 brain: figures that anyone can recompute, and a picture.
+
+    python benchmarks/mni152.py
+
+The nilearn package carries this average of 152 heads with maps of its grey and white matter, so no data are needed.
+Nobody is trained on it. It is sharper in the mean than a scan and without noise: these figures tell whether the weights
+work here as they did where they were published (``tests/test_weights.py`` compares), not how well they do on scans.
+
+- ``model.pt``: Dice of the structures that are grey matter, and of those that are white matter, against the maps
+  (above 0.5);
+- ``denoising/model.pt``: gain in PSNR of a central region with 9 % Rician noise, dB;
+- ``super_resolution/model.pt``: gain in PSNR over zero-filling of that region at half the resolution of all axes, dB.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from _common import RESULTS, facts, print_table, write_csv
+from _restoration import BUNDLE, bundle_config, load_weights, restore
+from monai.bundle import create_workflow
+from monai.metrics import PSNRMetric, compute_dice
+from torch import Tensor
+
+from sspformer.demo import make_demo_head
+from sspformer.evaluation import class_names
+from sspformer.kspace import fourier_resample
+from sspformer.transforms import frequency_weighted_noise
+
+WHITE = ("cerebral white matter", "cerebellar white matter", "brain stem")
+GREY = ("cortical grey matter", "cerebellar grey matter", "thalamus", "caudate", "putamen", "pallidum", "hippocampus")
+GREY += ("amygdala", "accumbens")
+REGION = (slice(None), slice(50, 146), slice(70, 166), slice(60, 124))  # 96 x 96 x 64 mm around the middle
+
+
+def segmentation(folder: Path) -> tuple[list[dict], Path]:
+    """Dice of grey and white matter, and the label map, from the bundle's own inference with its defaults."""
+    from nilearn import datasets
+
+    workflow = create_workflow(
+        config_file=str(BUNDLE / "configs" / "inference.json"),
+        workflow_type="infer",
+        bundle_root=str(BUNDLE),
+        dataset_dir=make_demo_head(folder / "head"),
+        output_dir=str(folder / "out"),
+        pictures=True,
+    )
+    workflow.run()
+    workflow.finalize()
+    labels = next((folder / "out").rglob("*_seg.nii.gz"))
+    predicted = torch.from_numpy(np.asarray(nib.load(labels).dataobj).astype(np.int64))
+    names = class_names(str(BUNDLE))
+    rows = []
+    for tissue, structures in {"grey matter": GREY, "white matter": WHITE}.items():
+        load = datasets.load_mni152_gm_template if tissue == "grey matter" else datasets.load_mni152_wm_template
+        truth = torch.from_numpy(load(resolution=1).get_fdata(dtype=np.float32)) > 0.5
+        values = torch.tensor([1 + names.index(structure) for structure in structures])
+        dice = compute_dice(torch.isin(predicted, values)[None, None], truth[None, None])
+        rows.append({"weights": "models/model.pt", "figure": f"Dice of {tissue}", "value": round(dice.item(), 4)})
+    return rows, labels
+
+
+def restoration(task: str, folder: Path) -> dict:
+    """Gain in PSNR of one of the restoration models, dB."""
+    clean = torch.from_numpy(nib.load(make_demo_head(folder / "head")).get_fdata(dtype=np.float32))[None]
+    clean = (clean / np.percentile(clean.numpy(), 99.5))[REGION]
+    if task == "denoising":
+        generator = torch.Generator().manual_seed(0)
+        degraded = frequency_weighted_noise(clean[None], 0.09, generator=generator, intensity_range=1.0)[0]
+    else:
+        sides = clean.shape[1:]
+        low = fourier_resample(clean[None], [side // 2 for side in sides])
+        degraded = fourier_resample(low, sides)[0].clamp(min=0)
+    config = bundle_config("inference", task, "cpu")
+    weights = BUNDLE / "models" / task / "model.pt"
+    network = load_weights(config.get_parsed_content("network_def"), weights)
+    pred = restore(degraded, network, config.get_parsed_content("inferer"), "cpu")
+
+    def psnr(image: Tensor) -> float:
+        return float(PSNRMetric(max_val=1.0)(image[None], clean[None]))
+
+    gain = round(psnr(pred) - psnr(degraded), 3)
+    what = "9 % noise" if task == "denoising" else "half the resolution"
+    return {"weights": f"models/{task}/model.pt", "figure": f"gain in PSNR at {what}, dB", "value": gain}
+
+
+def figures(folder: Path) -> list[dict]:
+    """All of them, as rows."""
+    rows, _ = segmentation(folder)
+    return [*rows, restoration("denoising", folder), restoration("super_resolution", folder)]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = figures(Path(folder))
+        picture = next(Path(folder).rglob("*.png"))
+        (BUNDLE / "docs" / "mni152.png").write_bytes(picture.read_bytes())
+    write_csv(RESULTS / "mni152.csv", [{**row, **facts()} for row in rows])
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+if __name__ == "__main__":
+    main()

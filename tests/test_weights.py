@@ -1,0 +1,46 @@
+"""The weights that ship are those of the documentation: their checksums, and published figures recomputed from them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pytest.importorskip("nilearn", reason="the MNI152 brain comes with the nilearn package")
+
+import mni152  # noqa: E402
+
+PUBLISHED = {
+    (row["weights"], row["figure"]): float(row["value"])
+    for row in csv.DictReader((ROOT / "benchmarks" / "results" / "mni152.csv").open(newline="", encoding="utf-8"))
+}
+TOLERANCE = {"Dice": 0.005, "gain": 0.1}  # other processors, other rounding: bfloat16, other convolutions
+
+
+def test_documentation_names_the_checksum_of_every_file():
+    text = (ROOT / "bundle" / "docs" / "README.md").read_text(encoding="utf-8")
+    named = dict(re.findall(r"\| `(models/[^`]+\.pt)` \| `([0-9a-f]{64})`", text))
+    files = sorted((ROOT / "bundle" / "models").rglob("*.pt"))
+    sums = {
+        f"{file.relative_to(ROOT / 'bundle').as_posix()}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+    assert named == sums
+
+
+def test_the_default_inference_segments_the_mni152_brain_as_published(tmp_path):
+    rows, _ = mni152.segmentation(tmp_path)
+    for row in rows:
+        assert row["value"] == pytest.approx(PUBLISHED[row["weights"], row["figure"]], abs=TOLERANCE["Dice"]), row
+
+
+@pytest.mark.parametrize("task", ["denoising", "super_resolution"])
+def test_restoration_of_the_mni152_brain_is_as_published(task, tmp_path):
+    row = mni152.restoration(task, tmp_path)
+    assert row["value"] == pytest.approx(PUBLISHED[row["weights"], row["figure"]], abs=TOLERANCE["gain"]), row
