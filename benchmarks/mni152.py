@@ -37,8 +37,8 @@ GREY += ("amygdala", "accumbens")
 REGION = (slice(None), slice(50, 146), slice(70, 166), slice(60, 124))  # 96 x 96 x 64 mm around the middle
 
 
-def segmentation(folder: Path) -> tuple[list[dict], Path]:
-    """Dice of grey and white matter, and the label map, from the bundle's own inference with its defaults."""
+def segmentation(folder: Path) -> list[dict]:
+    """Dice of grey and white matter, as rows, from the bundle's own inference with its defaults."""
     from nilearn import datasets
 
     workflow = create_workflow(
@@ -61,7 +61,7 @@ def segmentation(folder: Path) -> tuple[list[dict], Path]:
         values = torch.tensor([1 + names.index(structure) for structure in structures])
         dice = compute_dice(torch.isin(predicted, values)[None, None], truth[None, None])
         rows.append({"weights": "models/model.pt", "figure": f"Dice of {tissue}", "value": round(dice.item(), 4)})
-    return rows, labels
+    return rows
 
 
 def restoration(task: str, folder: Path) -> dict:
@@ -88,15 +88,10 @@ def restoration(task: str, folder: Path) -> dict:
     return {"weights": f"models/{task}/model.pt", "figure": f"gain in PSNR at {what}, dB", "value": gain}
 
 
-def figures(folder: Path) -> list[dict]:
-    """All of them, as rows."""
-    rows, _ = segmentation(folder)
-    return [*rows, restoration("denoising", folder), restoration("super_resolution", folder)]
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        rows = figures(Path(folder))
+        rows = segmentation(Path(folder))
+        rows += [restoration(task, Path(folder)) for task in ("denoising", "super_resolution")]
         picture = next(Path(folder).rglob("*.png"))
         (BUNDLE / "docs" / "mni152.png").write_bytes(picture.read_bytes())
     write_csv(RESULTS / "mni152.csv", [{**row, **facts()} for row in rows])

@@ -9,7 +9,6 @@ goes on where it stopped:
 - ``segment``: `train.json` from each arm's encoder (or from scratch, or with a peer in the network's place), for each
   task and number of labelled subjects, at equal steps (peers: equal time), then `evaluate.json` on the test subjects;
 - ``robustness``: `evaluate.json` again, on test scans with artifacts;
-- ``restore``: denoising and super-resolution from each arm's encoder, then ``denoising.py``, ``super_resolution.py``;
 - ``report``: tables with intervals and pictures of what is complete, in ``results/study_*``.
 
 ``--jobs`` runs at a time, each with its share of the CPU cores, in the order of the protocol: all of one seed before
@@ -85,7 +84,7 @@ TASKS = {
         "steps": 1000,
         "labels": (5, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
-        "few": ("scratch", "random", "scheduled"),
+        "few": MAIN,
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
@@ -139,11 +138,11 @@ class Study:
     Args:
         data_dir: folder with manifest.csv and the tasks' folders.
         work_dir: folder of the runs.
-        jobs: runs at a time.
+        jobs: runs at a time, which share the CPU cores.
     """
 
     def __init__(self, data_dir: Path, work_dir: Path, jobs: int) -> None:
-        self.data_dir, self.work_dir, self.jobs = data_dir.resolve(), work_dir.resolve(), jobs
+        self.data_dir, self.work_dir = data_dir.resolve(), work_dir.resolve()
         self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         if not (self.data_dir / "manifest.csv").is_file():
             raise SystemExit(f"no manifest.csv in {data_dir}: give the folder of the shared data with --data_dir")

@@ -35,8 +35,7 @@ def test_documentation_names_the_checksum_of_every_file():
 
 
 def test_the_default_inference_segments_the_mni152_brain_as_published(tmp_path):
-    rows, _ = mni152.segmentation(tmp_path)
-    for row in rows:
+    for row in mni152.segmentation(tmp_path):
         assert row["value"] == pytest.approx(PUBLISHED[row["weights"], row["figure"]], abs=TOLERANCE["Dice"]), row
 
 
