@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sspformer.demo import make_demo_head
 from sspformer.evaluation import class_names
-from sspformer.kspace import fourier_resample
+from sspformer.kspace import data_consistency, fourier_resample
 from sspformer.transforms import frequency_weighted_noise
 
 WHITE = ("cerebral white matter", "cerebellar white matter", "brain stem")
@@ -74,11 +74,13 @@ def restoration(task: str, folder: Path) -> dict:
     else:
         sides = clean.shape[1:]
         low = fourier_resample(clean[None], [side // 2 for side in sides])
-        degraded = fourier_resample(low, sides)[0].clamp(min=0)
+        degraded = fourier_resample(low, sides)[0]
     config = bundle_config("inference", task, "cpu")
     weights = BUNDLE / "models" / task / "model.pt"
     network = load_weights(config.get_parsed_content("network_def"), weights)
     pred = restore(degraded, network, config.get_parsed_content("inferer"), "cpu")
+    if task == "super_resolution":
+        pred = data_consistency(pred[None], low)[0]
 
     def psnr(image: Tensor) -> float:
         return float(PSNRMetric(max_val=1.0)(image[None], clean[None]))

@@ -333,8 +333,9 @@ def test_pictures_of_restoration_show_before_and_after_on_the_scale_of_the_file(
     seen = []
     monkeypatch.setattr(inference, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
     write(tmp_path / "scans", "a", (1000 * phantom()).astype(np.int16), scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2)))
-    for overlay in ("denoising.json", "super_resolution.json"):
-        infer(tmp_path / "scans", tmp_path / "out", overlay, pictures=True, leave_quiet=[], **gain(tmp_path, 1.5))
+    for overlay, as_predicted in (("denoising.json", {}), ("super_resolution.json", {"data_consistency": False})):
+        options = {"leave_quiet": [], **as_predicted, **gain(tmp_path, 1.5)}
+        infer(tmp_path / "scans", tmp_path / "out", overlay, pictures=True, **options)
         before, after = seen[-1]["image"], seen[-1]["pred"]
         assert torch.allclose(1.5 * before.as_tensor(), after.as_tensor(), atol=0.1) and before.max() > 900
         assert torch.equal(before.affine, after.affine)

@@ -21,6 +21,7 @@ from sspformer.restoration import (
     PrepareDegradedBatch,
     RestorationLoss,
     ScaleByPercentiled,
+    keep_measured,
     unpack_targets,
 )
 from sspformer.transforms import NoiseSampler, ResolutionSampler
@@ -40,7 +41,8 @@ def batch(sides=(20, 18, 16), spacing=(1.0, 1.0, 5.0), low=0.0):
 def test_a_batch_has_the_degraded_image_and_the_clean_one_without_the_margin():
     data = batch()
     degraded, target, args, kwargs = PrepareDegradedBatch(ResolutionSampler(2.0), margin=3)(data, "cpu")
-    assert args == () and kwargs == {} and set(target) == {"clean", "degraded"}
+    assert args == () and kwargs == {} and set(target) == {"clean", "degraded", "factor"}
+    assert target["factor"].shape == (2, 3) and target["factor"].max() == 2
     assert not isinstance(degraded, MetaTensor) and target["degraded"] is degraded
     assert torch.equal(target["clean"], data["image"].as_tensor()[..., 3:-3, 3:-3, 3:-3])
     assert degraded.shape == (2, 1, 14, 12, 10) and not torch.allclose(degraded, target["clean"])
@@ -91,8 +93,13 @@ def test_what_is_below_0_is_air():
 def test_margins_that_do_not_fit():
     with pytest.raises(ValueError, match="^margin must be 0 or more"):
         PrepareDegradedBatch(ResolutionSampler(), margin=-1)
-    with pytest.raises(ValueError, match=r"used up by a margin of 8.*roi_size \+ 2 \* margin"):
+    with pytest.raises(ValueError, match=r"used up by a margin of 8.*crop_size above 2"):
         PrepareDegradedBatch(ResolutionSampler(), margin=8)(batch(), "cpu")
+
+
+def test_noise_leaves_no_kspace_to_keep():
+    _, target, _, _ = PrepareDegradedBatch(NoiseSampler())(batch(), "cpu")
+    assert set(target) == {"clean", "degraded"}
 
 
 def test_targets_are_unpacked_of_batches_and_of_samples():
@@ -101,6 +108,54 @@ def test_targets_are_unpacked_of_batches_and_of_samples():
     assert unpack_targets(output)["clean"] is target["clean"]
     samples = [unpack_targets(sample) for sample in decollate_batch(output)]
     assert len(samples) == 2 and torch.equal(samples[1]["degraded"], degraded[1])
+
+
+# --- the k-space that was measured
+
+
+def test_keeping_what_was_measured_is_data_consistency():
+    pred, clean = torch.rand(2, 1, 3, 12, 10, 16)
+    factors = torch.tensor([2.0, 1.0, 4.0])
+    low = kspace.fourier_resample(clean, (6, 10, 4))
+    degraded = kspace.fourier_resample(low, (12, 10, 16))
+    expected = kspace.data_consistency(pred, low)
+    torch.testing.assert_close(keep_measured(pred, degraded, factors), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(keep_measured(degraded, degraded, factors), degraded, rtol=0, atol=1e-6)
+
+
+def test_keeping_what_was_measured_only_lowers_the_error():
+    """An orthogonal projection towards the truth, each sample with a factor of its own."""
+    torch.manual_seed(0)
+    clean, pred = torch.rand(2, 1, 16, 12, 20), torch.rand(2, 1, 16, 12, 20)
+    degraded, target, _, _ = PrepareDegradedBatch(ResolutionSampler(), seed=1)({"image": clean}, "cpu")
+    assert not torch.equal(*target["factor"])
+    kept = keep_measured(pred, degraded, target["factor"])
+    before, after, moved = ((a - b).square().flatten(1).sum(1) for a, b in ((pred, clean), (kept, clean), (kept, pred)))
+    torch.testing.assert_close(after + moved, before)
+    assert (moved > 0.01 * before).all()
+    torch.testing.assert_close(keep_measured(kept, degraded, target["factor"]), kept)
+    assert torch.equal(kept, unpack_targets({"pred": pred, "label": target}, "true")["pred"])
+    samples = decollate_batch({"pred": pred, "label": target})
+    torch.testing.assert_close(unpack_targets(samples[1], data_consistency=True)["pred"], kept[1])
+    assert unpack_targets(samples[1], "false")["pred"] is samples[1]["pred"]
+    del target["factor"]
+    with pytest.raises(ValueError, match="^data_consistency is for lost resolution"):
+        unpack_targets({"pred": pred, "label": target}, True)
+
+
+def test_the_loss_does_not_see_what_was_measured():
+    clean = torch.rand(2, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    prepare, loss = PrepareDegradedBatch(ResolutionSampler(2.0, "isotropic"), margin=4), RestorationLoss(margin=4)
+    degraded, target, _, _ = prepare({"image": clean}, "cpu")
+    assert float(loss(degraded, target)) == pytest.approx(0, abs=1e-4)
+    assert float(loss(target["clean"], target)) < -3  # in the margin nothing is predicted: not all of the error is gone
+    wave = torch.hann_window(32) * torch.sin(torch.arange(32) * 0.4)
+    wave = 0.5 * wave[:, None] * wave  # slower than the lines that were measured
+    assert abs(float(loss(degraded + wave, target))) < 0.02
+    blind = {name: target[name] for name in ("clean", "degraded")}
+    assert float(loss(degraded + wave, blind)) > 0.3
+    with pytest.raises(ValueError, match="^margin must be 0 or more"):
+        RestorationLoss(margin=-1)
 
 
 # --- the loss

@@ -5,7 +5,7 @@ The parts, by what they know: ``kspace`` (Fourier conventions, physical frequenc
 (the tie into MONAI's engines); ``visualize``, ``data`` (scans on disk), ``dicom`` (results as such), ``demo``.
 """
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # A bundle's config imports this package while its folder is on sys.path, in some clients for that moment only: so
 # import it all here.

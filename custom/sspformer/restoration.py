@@ -1,5 +1,5 @@
 """What super-resolution and denoising need of MONAI's engines: pairs of a clean image and its degraded one, made on the
-device; intensities scaled so that they can be brought back; the loss; the finer grid."""
+device; intensities scaled so that they can be brought back; the loss; the finer grid; the k-space that was measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform
@@ -20,6 +21,7 @@ from . import kspace
 from .finetuning import is_null
 from .networks.dense import noise_level
 from .pretraining import PrepareBatchOnDevice
+from .transforms.degradation import reduce_resolution
 
 __all__ = [
     "DataConsistencyd",
@@ -28,6 +30,7 @@ __all__ = [
     "PrepareDegradedBatch",
     "RestorationLoss",
     "ScaleByPercentiled",
+    "keep_measured",
     "unpack_targets",
 ]
 
@@ -61,20 +64,24 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
     ) -> tuple[Tensor, dict[str, Tensor], tuple, dict]:
         """The four parts that MONAI's engines take: degraded image, targets ``clean`` and ``degraded``, nothing more.
 
-        All are ``(B, C, *S)`` with ``S`` less twice the margin.
+        All are ``(B, C, *S)`` with ``S`` less twice the margin. Of a sampler that draws factors the targets have
+        ``factor`` too, ``(B, len(S))``: they say which k-space was measured.
         """
         sides = tuple(batchdata[self.image_key].shape[2:])
         if min(sides) <= 2 * self.margin:
             raise ValueError(
-                f"crops of {sides} voxels are used up by a margin of {self.margin} at each end: make them roi_size + "
-                "2 * margin."
+                f"crops of {sides} voxels are used up by a margin of {self.margin} at each end: set crop_size "
+                "above 2 * margin."
             )
         clean, spacing, generator = self.load(batchdata, device, non_blocking, **kwargs)
         clean = clean.clamp(min=0)
         degraded = self.degradation(clean, spacing, generator, self.R)
         inner = (..., *(slice(self.margin, side - self.margin) for side in clean.shape[2:]))
         clean, degraded = clean[inner].contiguous(), degraded[inner].contiguous()
-        return degraded, {"clean": clean, "degraded": degraded}, (), {}
+        target = {"clean": clean, "degraded": degraded}
+        if "factor" in self.drawn:
+            target["factor"] = self.drawn["factor"]
+        return degraded, target, (), {}
 
     @property
     def drawn(self) -> Mapping[str, Tensor]:
@@ -90,31 +97,72 @@ class RestorationLoss(nn.Module):
     The plain squared error is ruled by the strongest degradations; here each one counts alike, so that a network blind
     to the level learns not to harm a scan that has hardly any.
 
+    If the target has the ``factor`` of a lower resolution, the prediction is judged after :func:`keep_measured`: the
+    network need not find out which k-space was measured, and may write anything there. It is to be used the same way.
+
     Args:
         eps: mean square that counts as nothing, above 0; 1e-6 is a thousandth of the intensity range.
+        margin: that of :class:`PrepareDegradedBatch`, for :func:`keep_measured`.
 
     Raises:
-        ValueError: if ``eps`` is not above 0.
+        ValueError: if ``eps`` is not above 0, or ``margin`` is negative.
     """
 
-    def __init__(self, eps: float = 1e-6) -> None:
+    def __init__(self, eps: float = 1e-6, margin: int = 0) -> None:
         super().__init__()
         if eps <= 0:
             raise ValueError(f"eps must be above 0, got {eps}.")
-        self.eps = eps
+        if margin < 0:
+            raise ValueError(f"margin must be 0 or more, got {margin}.")
+        self.eps, self.margin = eps, margin
 
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
-        """The loss, a scalar, from ``pred`` and the target's ``clean`` and ``degraded``, all ``(B, C, *S)``."""
+        """The loss, a scalar, from ``pred`` and the target's ``clean`` and ``degraded``, all ``(B, C, *S)``, and its
+        ``factor``, ``(B, len(S))``, if it has one."""
 
         def error(image: Tensor) -> Tensor:
             return (image.float() - target["clean"]).square().flatten(1).mean(dim=1) + self.eps
 
+        if "factor" in target:
+            pred = keep_measured(pred, target["degraded"], target["factor"], self.margin)
         return 10 * (error(pred).log10() - error(target["degraded"]).log10()).mean()
 
 
-def unpack_targets(output: Mapping[str, Any]) -> dict[str, Any]:
-    """An engine's output with ``clean`` and ``degraded`` of its targets beside ``pred``, for metrics and pictures."""
-    return {**output, **output["label"]}
+def keep_measured(pred: Tensor, degraded: Tensor, factors: Tensor, margin: int = 0) -> Tensor:
+    """``pred`` with the k-space that ``degraded`` holds put back, the rest as predicted.
+
+    What was measured without noise is true, so this is an orthogonal projection towards the truth: over a whole scan it
+    can only lower the squared error. It is :func:`sspformer.kspace.data_consistency` for a factor of its own for each
+    sample, on the grid of the prediction.
+
+    Args:
+        pred: ``(B, C, *S)``.
+        degraded: ``(B, C, *S)`` of :func:`sspformer.transforms.reduce_resolution`.
+        factors: those that it was reduced by, ``(len(S),)`` or ``(B, len(S))``.
+        margin: voxels that were cut off each end after it was reduced, in which nothing is predicted.
+    """
+    residual = F.pad(pred.float() - degraded, [margin] * 2 * (pred.ndim - 2))
+    residual = residual - reduce_resolution(residual, factors)
+    return degraded + residual[(..., *(slice(margin, side - margin) for side in residual.shape[2:]))]
+
+
+def unpack_targets(output: Mapping[str, Any], data_consistency: bool = False) -> dict[str, Any]:
+    """An engine's output with the ``clean`` and ``degraded`` of its targets beside ``pred``, for metrics and pictures.
+
+    Args:
+        output: of a batch, or of one sample of it.
+        data_consistency: put the measured k-space back into ``pred``, see :func:`keep_measured`.
+    """
+    output = {**output, **output["label"]}
+    if str2bool(data_consistency):  # the command line gives "false" as a string
+        if "factor" not in output:
+            raise ValueError("data_consistency is for lost resolution: this degradation leaves no k-space to keep.")
+        pred, degraded, factor = (torch.as_tensor(output[key]) for key in ("pred", "degraded", "factor"))
+        if factor.ndim == 1:
+            output["pred"] = keep_measured(pred[None], degraded[None], factor)[0]
+        else:
+            output["pred"] = keep_measured(pred, degraded, factor)
+    return output
 
 
 class ScaleByPercentiled(MapTransform, InvertibleTransform):

@@ -8,7 +8,7 @@ from monai.losses import DiceCELoss
 
 from sspformer.finetuning import is_null, layer_decay_groups
 from sspformer.networks import SSPFormerDense
-from sspformer.networks.dense import halvings, noise_level
+from sspformer.networks.dense import finest_detail, fold, halvings, noise_level, unfold
 
 TOY = {"dim": 48, "depth": 2, "num_heads": 2, "features": 8}
 
@@ -152,6 +152,75 @@ def test_a_noise_scaled_residual_is_in_units_of_the_noise():
     torch.nn.init.ones_(network.head.bias)
     image = torch.rand(1, 1, 16, 16, 16)
     torch.testing.assert_close(network(image), image + noise_level(image))
-    assert torch.equal(network(torch.full((1, 1, 16, 16, 16), 0.5)), torch.full((1, 1, 16, 16, 16), 0.5))
+    flat = torch.full((1, 1, 16, 16, 16), 0.5)  # no noise: next to nothing is added
+    torch.testing.assert_close(network(flat), flat, rtol=0, atol=2e-4)
     with pytest.raises(ValueError, match="needs residual=True"):
         toy(noise_scaled=True)
+
+
+def test_the_convolutions_of_a_residual_network_see_the_detail_in_units_of_the_residual():
+    seen = []
+    for scale in (1.0, 0.1):
+        network = toy(out_channels=1, residual=True, residual_scale=scale)
+        network.stem[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        image = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+        network(image)
+    assert torch.equal(seen[0][:, :1], image) and torch.equal(seen[1][:, :1], image)
+    torch.testing.assert_close(seen[0][:, 1:], 2 * (finest_detail(image) / 2).asinh())  # edges are compressed
+    torch.testing.assert_close(seen[1][:, 1:], 2 * (5 * finest_detail(image)).asinh())
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 8, 9), (1, 1, 8, 6, 5)])
+def test_the_finest_detail_is_what_a_local_mean_takes_away(shape):
+    ramp = torch.arange(shape[2], dtype=torch.float32).reshape(-1, *[1] * (len(shape) - 3)).expand(shape)
+    detail = finest_detail(ramp)
+    torch.testing.assert_close(detail[:, :, 1:-1], torch.zeros_like(detail[:, :, 1:-1]), rtol=0, atol=1e-5)
+    assert float(finest_detail(torch.ones(shape)).abs().max()) < 1e-6  # at the borders too
+
+
+@pytest.mark.parametrize("factor", [[2, 2, 2], [2, 2, 1], [1, 4]])
+def test_folding_keeps_every_voxel_at_its_place(factor):
+    image = torch.rand(2, 3, *[8] * len(factor))
+    folded = fold(image, factor)
+    assert folded.shape == (2, 3 * math.prod(factor), *(8 // n for n in factor))
+    assert torch.equal(unfold(folded, factor), image)
+    place = (slice(None), slice(None), *(slice(0, None, n) for n in factor))
+    assert torch.equal(folded[:, :: math.prod(factor)], image[place])  # first channel of each: first voxel
+
+
+@pytest.mark.parametrize("spatial_dims, patch", [(3, 8), (3, (8, 8, 2)), (2, 16)])
+def test_a_folded_network_with_blocks_takes_any_size_and_learns(spatial_dims, patch):
+    network = toy(spatial_dims=spatial_dims, patch_size=patch, out_channels=1, residual=True, folded=True, blocks=1)
+    image = torch.rand(1, 1, *(17, 24, 9)[:spatial_dims])
+    assert torch.equal(network(image), image)
+    torch.nn.init.normal_(network.head.weight)
+    network(image).square().sum().backward()
+    for part in (network.head, *network.fuse, *network.stem, *network.upsample, network.encoder.blocks):
+        assert all(parameter.grad.abs().sum() > 0 for parameter in part.parameters() if parameter.ndim > 1)
+    with pytest.raises(ValueError, match="^folded needs patches"):
+        toy(patch_size=2, folded=True)
+    with pytest.raises(ValueError, match="^blocks must be 0 or more"):
+        toy(blocks=-1)
+
+
+def test_weights_of_one_residual_are_not_those_of_another():
+    """Their tensors have the same shapes; their units differ."""
+    denoising = toy(out_channels=1, residual=True, noise_scaled=True)
+    other = toy(out_channels=1, residual=True, residual_scale=0.05)
+    with pytest.raises(RuntimeError, match="noise_unit"):
+        other.load_state_dict(denoising.state_dict())
+    assert other.state_dict()["intensity_unit"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_residual_networks_take_half_precision_and_thin_images(dtype):
+    for noise_scaled in (False, True):
+        network = toy(out_channels=1, residual=True, noise_scaled=noise_scaled).to(dtype)
+        for shape in ((1, 1, 16, 16, 16), (1, 1, 16, 16, 1)):
+            assert network(torch.rand(shape).to(dtype)).dtype == dtype
+
+
+def test_segmentation_has_no_blocks_and_sees_the_image_alone():
+    names = [name for name, _ in toy().named_parameters()]
+    assert not any("layers" in name for name in names)
+    assert toy().stem[0].conv.in_channels == 1

@@ -10,6 +10,8 @@ from monai.transforms import Compose
 
 from sspformer import kspace
 from sspformer.transforms import (
+    RandDownsampledCrop,
+    RandDownsampledCropd,
     RandReducedResolution,
     RandReducedResolutiond,
     ResolutionSampler,
@@ -147,3 +149,107 @@ def test_inside_compose():
     again = reduced(0)
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
     assert not torch.equal(first, second) and not torch.equal(first, reduced(1)[0])
+
+
+# --- crops on a coarser grid
+
+
+def fine_scan(sides=(64, 60, 20), spacing=(1.0, 1.0, 5.0)) -> MetaTensor:
+    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+    affine[:3, 3] = torch.tensor([-30.0, 10.0, 5.0])
+    return MetaTensor(random_image(1, *sides), affine=affine)
+
+
+def test_a_downsampled_crop_has_its_size_and_coarse_axes_keep_their_voxels():
+    crop = RandDownsampledCrop((24, 24, 16), factor=2)
+    crop.set_random_state(0)
+    out = crop(fine_scan())
+    assert out.shape == (1, 24, 24, 16) and out.dtype == torch.float32
+    torch.testing.assert_close(kspace.spacing_of(out), torch.tensor([2.0, 2.0, 5.0]))
+    assert crop(random_image(1, 64, 60)[..., None].expand(1, 64, 60, 64)).shape == (1, 24, 24, 16)  # no spacing: 1 mm
+
+
+def test_a_factor_of_1_is_a_plain_crop_and_the_affine_says_where_it_was():
+    image = fine_scan()
+    crop = RandDownsampledCrop((24, 20, 16), factor=1.0).set_random_state(1)
+    out = crop(image)
+    corner = (torch.linalg.solve(image.affine, out.affine)[:3, 3]).round().int().tolist()
+    window = (slice(None), *(slice(c, c + n) for c, n in zip(corner, out.shape[1:])))
+    assert min(corner) >= 0 and torch.equal(out.as_tensor(), image.as_tensor()[window])
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0])
+def test_a_downsampled_crop_is_that_of_the_downsampled_scan(factor):
+    """Of a smooth object its voxels are the object at the places that the affine names."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(96.0)] * 3, indexing="ij"))
+    image = MetaTensor(torch.exp(-(grid - 48).square().sum(0) / 800)[None], affine=torch.eye(4, dtype=torch.float64))
+    out = RandDownsampledCrop((24, 24, 24), factor).set_random_state(2)(image)
+    voxels = torch.stack(torch.meshgrid(*[torch.arange(24.0)] * 3, indexing="ij")).flatten(1).double()
+    places = out.affine[:3, :3] @ voxels + out.affine[:3, 3:]
+    expected = torch.exp(-(places - 48).square().sum(0) / 800).reshape(24, 24, 24).float()
+    torch.testing.assert_close(out.as_tensor()[0], expected, rtol=0, atol=0.04)
+
+
+def test_the_noise_of_a_scan_falls_with_the_volume_of_the_voxels():
+    noise = torch.randn(1, 96, 96, 96, generator=generator())
+    out = RandDownsampledCrop((32, 32, 32), factor=2).set_random_state(0)(noise)
+    assert float(out.std()) == pytest.approx(8**-0.5, rel=0.05)
+
+
+def test_a_small_scan_is_mirrored_at_its_ends():
+    image = fine_scan((10, 60, 20))
+    out = RandDownsampledCrop((16, 16, 16), factor=1.0).set_random_state(0)(image).as_tensor()
+    assert torch.equal(out[:, :3], out[:, 3:6].flip(1)) and torch.equal(out[:, -3:], out[:, -6:-3].flip(1))
+
+
+def test_crops_follow_the_seed_and_keys_share_them():
+    image = fine_scan()
+    array = RandDownsampledCrop((16, 16, 16)).set_random_state(3)
+    both = RandDownsampledCropd(["image", "other"], roi_size=(16, 16, 16)).set_random_state(3)
+    first, second = both({"image": image, "other": 2 * image}), both({"image": image, "other": image})
+    assert torch.equal(first["image"], array(image)) and torch.equal(second["image"], array(image))
+    torch.testing.assert_close(first["other"].as_tensor(), 2 * first["image"].as_tensor())
+    assert not torch.equal(first["image"], second["image"])
+
+
+def test_crops_of_slices_and_of_rotated_scans():
+    flat = RandDownsampledCrop((16, 12), factor=2).set_random_state(0)
+    assert flat(torch.rand(1, 64, 64)).shape == (1, 16, 12)
+    image = fine_scan(spacing=(1.0, 1.0, 1.0))
+    turn = torch.tensor([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    straight = RandDownsampledCrop((16, 16, 8)).set_random_state(0)(image)
+    turned = RandDownsampledCrop((16, 16, 8)).set_random_state(0)(
+        MetaTensor(image.as_tensor(), affine=turn @ image.affine)
+    )
+    torch.testing.assert_close(turned.affine, turn @ straight.affine)
+
+
+def test_prob_is_the_share_of_crops_that_are_made_coarser():
+    crop = RandDownsampledCrop((16, 16, 16), factor=2, prob=0.4).set_random_state(0)
+    spacings = [kspace.spacing_of(crop(fine_scan()))[0].item() for _ in range(60)]
+    assert set(spacings) == {1.0, 2.0} and 14 <= spacings.count(2.0) <= 34
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"factor": (2, 1)}, "^factor must be"),
+        ({"prob": 1.5}, "^prob and foreground must be"),
+        ({"foreground": -0.1}, "^prob and foreground must be"),
+        ({"roi_size": (16, 0, 16)}, "^roi_size must be above 0"),
+        ({"roi_size": (16, 16)}, r"^roi_size \(16, 16\) does not fit an image of 3 axes"),
+    ],
+)
+def test_crops_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        RandDownsampledCrop(**{"roi_size": (16, 16, 16), **options})(fine_scan())
+
+
+def test_crops_with_little_but_air_are_drawn_again():
+    image = torch.zeros(1, 64, 64, 64)
+    image[:, :32] = 1
+    for foreground, least in ((0.0, 0.0), (0.5, 0.5)):
+        crop = RandDownsampledCrop((16, 16, 16), factor=1.0, foreground=foreground).set_random_state(0)
+        shares = [float((crop(image) > 0.1).float().mean()) for _ in range(20)]
+        assert (min(shares) >= least) and (foreground or min(shares) < 0.5)
+    assert crop(torch.zeros(1, 20, 20, 20)).shape == (1, 16, 16, 16)  # nothing but air: the last one drawn

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from torch import Tensor, nn
 
@@ -36,10 +37,19 @@ class SSPFormerDense(nn.Module):
         size: preset of the encoder, see :data:`sspformer.networks.SIZES`.
         features: channels of the convolutions on the full grid; doubled at each halving.
         residual: the head's output is added to the image, and is 0 before training: restoration starts from its input.
-        residual_scale: what that output is multiplied with: about the size of the residual, so that a step of the
-            optimiser is small against it.
-        noise_scaled: that output is in units of the image's noise as well, see :func:`noise_level`, for denoising: weak
-            noise then asks for no smaller numbers than strong noise; times a factor that a gate learns for each level.
+            Beside the image the convolutions then see its finest detail, what a mean over 3 voxels along each axis
+            takes away, in the units of the output: neither has to be blown up to become the other. Edges, many units
+            high, are compressed to a few.
+        residual_scale: the unit of that output, about the size of the residual, so that a step of the optimiser is
+            small against it.
+        noise_scaled: the unit is the image's noise times that, see :func:`noise_level`, for denoising: weak noise then
+            asks for no smaller numbers than strong noise.
+        folded: the convolutions start on the grid of the first halving, whose channels hold its voxels (space to depth,
+            as in FFDNet, Zhang et al., arXiv 1710.04026), and the head ends on it. In 3D a place then stands for 8
+            voxels, and for the time of 16 channels on the full grid there are 64. ``features`` are those of that grid.
+        blocks: residual blocks of two convolutions at each level of the decoder, on the sum of tokens and detail; and a
+            head of 3 voxels. So detail has a short way to the output. 0: one convolution on both side by side, a head
+            of 1 voxel.
         norm: of the convolutions, as :class:`monai.networks.blocks.Convolution` takes it. Its ``eps`` is larger than
             usual, or the noise of a window full of air would be blown up to look like anatomy. None for restoration,
             where the level of the noise must not be normalised away.
@@ -47,8 +57,9 @@ class SSPFormerDense(nn.Module):
         dim, depth, num_heads: of the encoder, in place of the preset's.
 
     Raises:
-        ValueError: if ``patch_size`` is no power of 2 or 1, a residual network's channels differ, a depth is not in the
-        encoder, or the encoder refuses its arguments.
+        ValueError: if ``patch_size`` is no power of 2 or 1, or too small to be folded, ``blocks`` is negative, a
+        residual network's channels differ, ``noise_scaled`` has no residual, a depth is not in the encoder, or the
+        encoder refuses its arguments.
     """
 
     def __init__(
@@ -62,6 +73,8 @@ class SSPFormerDense(nn.Module):
         residual: bool = False,
         residual_scale: float = 1.0,
         noise_scaled: bool = False,
+        folded: bool = False,
+        blocks: int = 0,
         norm: str | tuple | None = ("exportable_instance", {"eps": 1e-3}),
         depths: Sequence[int] | None = None,
         dim: int | None = None,
@@ -76,9 +89,19 @@ class SSPFormerDense(nn.Module):
             )
         if noise_scaled and not residual:
             raise ValueError("noise_scaled scales the residual: it needs residual=True.")
-        self.residual, self.residual_scale = residual, residual_scale
+        if blocks < 0:
+            raise ValueError(f"blocks must be 0 or more, got {blocks}.")
+        self.residual, self.residual_scale, self.noise_scaled = residual, residual_scale, noise_scaled
+        self.summed = blocks > 0
+        # the unit is part of the weights, by a name that weights of the other kind do not have
+        units = {"noise_unit": noise_scaled, "intensity_unit": residual and not noise_scaled}
+        for name, used in units.items():
+            self.register_buffer(name, torch.tensor(float(residual_scale)), persistent=used)
         self.encoder = SSPFormerEncoder(spatial_dims, in_channels, patch_size, size, dim, depth, num_heads)
         strides = halvings(self.encoder.patch_size)
+        self.folding = list(strides.pop(0)) if folded else [1] * spatial_dims
+        if not strides:
+            raise ValueError(f"folded needs patches that are halved twice or more, got patch_size {patch_size}.")
         n_blocks = len(self.encoder.blocks)
         self.depths = tuple(depths or sorted({-(-n_blocks * third // 3) for third in (1, 2, 3)}))
         if not all(1 <= depth <= n_blocks for depth in self.depths):
@@ -98,7 +121,11 @@ class SSPFormerDense(nn.Module):
                 bias=norm is None,
             )
 
-        self.stem = nn.ModuleList([convolution(in_channels, channels[0])])
+        def plain(into: int, out: int, kernel: int) -> nn.Module:
+            return (nn.Conv3d if spatial_dims == 3 else nn.Conv2d)(into, out, kernel, padding=kernel // 2)
+
+        seen = in_channels * (2 if residual else 1) * math.prod(self.folding)
+        self.stem = nn.ModuleList([convolution(seen, channels[0])])
         for level, stride in enumerate(strides[:-1]):
             narrow, wide = channels[level], channels[level + 1]
             self.stem.append(nn.Sequential(convolution(narrow, wide, stride), convolution(wide, wide)))
@@ -110,31 +137,45 @@ class SSPFormerDense(nn.Module):
         for level in reversed(range(len(strides))):
             narrow, wide = channels[level], channels[level + 1]
             self.upsample.append(transposed(wide, narrow, kernel_size=strides[level], stride=strides[level]))
-            self.fuse.append(convolution(2 * narrow, narrow))
-        self.head = (nn.Conv3d if spatial_dims == 3 else nn.Conv2d)(channels[0], out_channels, kernel_size=1)
+            if blocks:
+                refine = [Residual(convolution(narrow, narrow), plain(narrow, narrow, 3)) for _ in range(blocks)]
+                self.fuse.append(nn.Sequential(*refine))
+            else:
+                self.fuse.append(convolution(2 * narrow, narrow))
+        self.head = plain(channels[0], out_channels * math.prod(self.folding), 3 if blocks else 1)
         for module in (*self.stem.modules(), *self.fuse.modules()):
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):  # PyTorch's own start shrinks what no norm scales up again
                 nn.init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu")
+        for module in self.fuse.modules():
+            if isinstance(module, Residual):  # blocks start near the identity: no norm keeps a sum of many in bounds
+                with torch.no_grad():
+                    module.layers[-1].weight.mul_(0.1)
         if residual:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-        self.gate = None
-        if noise_scaled:
-            self.gate = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
-            nn.init.zeros_(self.gate[2].weight)
-            nn.init.zeros_(self.gate[2].bias)  # exp(0): all are trusted, before training
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, in_channels, *S)``, any size -> ``(B, out_channels, *S)``: logits, or the restored image."""
+        if not self.residual:
+            return self.forward_dense(image, image)
+        unit = self.residual_unit(image)
+        detail = 2 * torch.asinh(finest_detail(image) / (2 * unit))
+        return image + unit * self.forward_dense(image, torch.cat([image, detail.to(image.dtype)], dim=1))
+
+    def forward_dense(self, image: Tensor, seen: Tensor) -> Tensor:
+        """The head's output ``(B, out_channels, *S)``; ``seen``: what the convolutions see, on the image's grid."""
         tokens = self.forward_encoder(image)
-        detail = self.forward_stem(pad_to_patches(image, self.encoder.patch_size))
+        detail = self.forward_stem(pad_to_patches(seen, self.encoder.patch_size))
         out = self.forward_decoder(tokens, detail)
         for axis, side in enumerate(image.shape[2:], start=2):
             out = out.narrow(axis, 0, side)
-        if self.gate is not None:
-            level = noise_level(image)
-            out = out * level * self.gate(level[..., None].clamp(min=1e-6).log())[..., 0].float().exp()
-        return image + self.residual_scale * out if self.residual else out
+        return out
+
+    def residual_unit(self, image: Tensor) -> Tensor:
+        """What the residual of an image ``(B, C, *S)`` counts in: a number a channel, ``(B, C, 1, ...)``, or one."""
+        if self.noise_scaled:
+            return self.noise_unit * noise_level(image).clamp(min=1e-4).to(image.dtype)  # a flat image has none
+        return self.intensity_unit
 
     def forward_encoder(self, image: Tensor) -> Tensor:
         """Tokens of all ``depths``, projected, on their grid: ``(B, C, *grid)``."""
@@ -143,8 +184,8 @@ class SSPFormerDense(nn.Module):
         return self.token_projection(tokens).transpose(1, 2).unflatten(2, self.encoder.grid(image.shape[2:]))
 
     def forward_stem(self, image: Tensor) -> list[Tensor]:
-        """Detail on the full grid ``(B, features, *S)`` and on each halved one, finest first."""
-        detail = []
+        """Detail on the full grid, or the folded one, ``(B, features, *S)``, and on each halved one, finest first."""
+        detail, image = [], fold(image, self.folding)
         for stage in self.stem:
             image = stage(image)
             detail.append(image)
@@ -153,8 +194,29 @@ class SSPFormerDense(nn.Module):
     def forward_decoder(self, tokens: Tensor, detail: list[Tensor]) -> Tensor:
         """From the token grid up to the full one, ``(B, out_channels, *S)``."""
         for level, (upsample, fuse) in enumerate(zip(self.upsample, self.fuse), start=1):
-            tokens = fuse(torch.cat([upsample(tokens), detail[-level]], dim=1))
-        return self.head(tokens)
+            tokens, fine = upsample(tokens), detail[-level]
+            tokens = fuse(tokens + fine if self.summed else torch.cat([tokens, fine], dim=1))
+        return unfold(self.head(tokens), self.folding)
+
+
+class Residual(nn.Module):
+    """Layers whose output is added to their input."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def finest_detail(image: Tensor) -> Tensor:
+    """An image ``(B, C, *S)`` less its mean over 3 voxels along each axis; those at the ends are repeated. float32."""
+    image = image.float()
+    wider = F.pad(image, [1] * 2 * (image.ndim - 2), mode="replicate")
+    if image.ndim == 5:
+        return image - F.avg_pool3d(wider, kernel_size=3, stride=1)
+    return image - F.avg_pool2d(wider, kernel_size=3, stride=1)
 
 
 def noise_level(image: Tensor) -> Tensor:
@@ -170,6 +232,24 @@ def noise_level(image: Tensor) -> Tensor:
     detail = detail.abs().flatten(2).sort(dim=2, descending=True).values  # zeros come last
     middle = detail.count_nonzero(dim=2).unsqueeze(2) // 2
     return (detail.gather(2, middle) / 0.6745).unflatten(2, [1] * (image.ndim - 2))
+
+
+def fold(image: Tensor, factor: list[int]) -> Tensor:
+    """Space to depth, ``(B, C, *S)`` to ``(B, C * prod(factor), *(S / factor))``; sides are multiples of the factor."""
+    for i in range(len(factor)):
+        if factor[i] > 1:
+            places = [image.shape[2 + i] // factor[i], factor[i]]
+            image = image.unflatten(2 + i, places).movedim(3 + i, 2).flatten(1, 2)
+    return image
+
+
+def unfold(image: Tensor, factor: list[int]) -> Tensor:
+    """Inverse of :func:`fold`."""
+    for i in range(len(factor) - 1, -1, -1):
+        if factor[i] > 1:
+            channels = [image.shape[1] // factor[i], factor[i]]
+            image = image.unflatten(1, channels).movedim(2, 3 + i).flatten(2 + i, 3 + i)
+    return image
 
 
 def halvings(patch_size: Sequence[int]) -> list[tuple[int, ...]]:

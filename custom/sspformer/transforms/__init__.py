@@ -1,6 +1,13 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
-from .degradation import RandReducedResolution, RandReducedResolutiond, ResolutionSampler, reduce_resolution
+from .degradation import (
+    RandDownsampledCrop,
+    RandDownsampledCropd,
+    RandReducedResolution,
+    RandReducedResolutiond,
+    ResolutionSampler,
+    reduce_resolution,
+)
 from .masking import (
     MaskIndices,
     MaskSampler,
@@ -27,6 +34,8 @@ __all__ = [
     "MaskSampler",
     "NoiseSampler",
     "PhysiologicalMotion",
+    "RandDownsampledCrop",
+    "RandDownsampledCropd",
     "RandFrequencyWeightedNoise",
     "RandFrequencyWeightedNoised",
     "RandInverseFrequencyMask",

@@ -3,6 +3,9 @@
 :func:`reduce_resolution` is the pure, batched function; :class:`ResolutionSampler` draws its factors for a batch,
 :class:`RandReducedResolution` for one image and :class:`RandReducedResolutiond` for the entries of a dictionary. The
 degradation of the denoising task is the noise of :mod:`sspformer.transforms.noise`.
+
+:class:`RandDownsampledCrop` makes the clean images of both tasks: scans have noise of their own, which fewer lines of
+k-space on a coarser grid leave behind.
 """
 
 from __future__ import annotations
@@ -13,13 +16,22 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable
 from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from .. import kspace
 from .seeded import SeededTransform, SeededTransformd
 
-__all__ = ["RandReducedResolution", "RandReducedResolutiond", "ResolutionSampler", "reduce_resolution"]
+__all__ = [
+    "RandDownsampledCrop",
+    "RandDownsampledCropd",
+    "RandReducedResolution",
+    "RandReducedResolutiond",
+    "ResolutionSampler",
+    "reduce_resolution",
+]
 
 
 def reduce_resolution(image: Tensor, factors: Sequence[float] | Tensor) -> Tensor:
@@ -83,9 +95,7 @@ class ResolutionSampler:
         patterns: Sequence[str] | str = PATTERNS,
         axis: int | None = None,
     ) -> None:
-        self.factor = (factor, factor) if np.isscalar(factor) else tuple(factor)
-        if len(self.factor) != 2 or not 1 <= self.factor[0] <= self.factor[1]:
-            raise ValueError(f"factor must be a number or (low, high) of 1 or more, got {factor!r}.")
+        self.factor = _as_range(factor)
         self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         if not self.patterns or not set(self.patterns) <= set(self.PATTERNS):
             raise ValueError(f"patterns must be some of {self.PATTERNS}, got {patterns!r}.")
@@ -170,3 +180,125 @@ class RandReducedResolutiond(SeededTransformd):
             untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
             d[key] = self.transform(untouched, randomize=False) if self._do_transform else untouched
         return d
+
+
+class RandDownsampledCrop(Randomizable):
+    """A random crop of one image ``(C, *S)``, on a coarser grid: k-space is cropped and the voxels grow.
+
+    The scan's own noise falls with the square root of the voxels' volume, while the anatomy left is real: a cleaner
+    image than the scan, of more structure a voxel, and another one for each factor drawn. Where a crop ends its Fourier
+    transform wraps around, so it is taken with a few voxels more on each side.
+
+    Args:
+        roi_size: voxels of the crop, one number for each axis. A scan that is smaller is mirrored at its ends.
+        factor: voxel size afterwards over that of the scan, ``(low, high)``, drawn uniformly, or one number; 1 or more.
+        prob: share of the crops that are made coarser; the others keep the scan's voxels.
+        max_spacing: mm; axes with coarser voxels keep them. An image without spacing has voxels of 1 mm.
+        threshold: intensity above which a voxel is no air.
+        foreground: share of such voxels, from 0 to 1, that a crop is to have; the place is drawn anew up to ``TRIES``
+            times. Air is soon learnt, and a loss that counts all crops alike then looks at little else.
+
+    Raises:
+        ValueError: if a side of the crop is not above 0, the range of factors is not ordered or starts below 1,
+            ``prob`` or ``foreground`` is no share, or an image has another number of axes than the crop.
+    """
+
+    WRAP = 4  # voxels of the coarser grid
+    TRIES = 8
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        factor: float | tuple[float, float] = (1.0, 2.0),
+        prob: float = 1.0,
+        max_spacing: float = 1.5,
+        threshold: float = 0.1,
+        foreground: float = 0.0,
+    ) -> None:
+        self.roi_size = tuple(int(side) for side in np.atleast_1d(roi_size))
+        if min(self.roi_size) < 1:
+            raise ValueError(f"roi_size must be above 0 along each axis, got {roi_size}.")
+        if not 0 <= prob <= 1 or not 0 <= foreground <= 1:
+            raise ValueError(f"prob and foreground must be between 0 and 1, got {prob} and {foreground}.")
+        self.factor = _as_range(factor)
+        self.prob, self.max_spacing = prob, max_spacing
+        self.threshold, self.foreground = threshold, foreground
+
+    def randomize(self, data: Tensor) -> None:
+        """Draws the factor of each axis, and where in the scan the crop is."""
+        if data.ndim - 1 != len(self.roi_size):
+            raise ValueError(f"roi_size {self.roi_size} does not fit an image of {data.ndim - 1} axes.")
+        spacing = kspace.spacing_of(data)
+        spacing = np.ones(data.ndim - 1) if spacing is None else spacing.numpy()
+        factor = self.R.uniform(*self.factor) if self.R.uniform() < self.prob else 1.0
+        self._factors = np.where(spacing <= self.max_spacing, factor, 1.0)
+        wrap = np.where(self._factors > 1, self.WRAP, 0)
+        sides = np.array(data.shape[1:])
+        lengths = np.minimum(sides, np.round((np.array(self.roi_size) + 2 * wrap) * self._factors).astype(int))
+        for _ in range(self.TRIES):
+            starts = [self.R.randint(room + 1) for room in sides - lengths]
+            self._window = [slice(start, start + int(n)) for start, n in zip(starts, lengths)]
+            if self.foreground <= 0:
+                break
+            some = data[(slice(None), *(slice(w.start, w.stop, 2) for w in self._window))]
+            if float((some > self.threshold).float().mean()) >= self.foreground:
+                break
+
+    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
+        img = convert_to_tensor(img, track_meta=True)
+        if randomize:
+            self.randomize(img)
+        crop = img.as_subclass(Tensor)[(slice(None), *self._window)].float()  # a scan may wait in half precision
+        inner, size, padding, step = [slice(None)], [], [(0, 0)], []
+        for length, wanted, factor in zip(crop.shape[1:], self.roi_size, self._factors, strict=True):
+            size.append(max(1, round(length / factor)))
+            step.append(length / size[-1])
+            kept = min(wanted, size[-1])
+            first = (size[-1] - kept) // 2
+            inner.append(slice(first, first + kept))
+            before = (wanted - kept) // 2
+            padding.append((before, wanted - kept - before))
+        crop = kspace.fourier_resample(crop[None], size)[0][tuple(inner)]
+        if any(map(any, padding)):
+            crop = torch.from_numpy(np.pad(crop.cpu().numpy(), padding, mode="symmetric")).to(img.device)
+        if not isinstance(img, MetaTensor):
+            return crop
+        # the first voxel of the crop, in voxels of the scan: neither resampling nor mirroring moves it
+        corner = [w.start + (i.start - p[0]) * s for w, i, p, s in zip(self._window, inner[1:], padding[1:], step)]
+        affine, axes = img.affine.clone(), len(step)  # an affine of MONAI is 4 x 4 in 2D, too
+        affine[:axes, -1] += affine[:axes, :axes] @ torch.tensor(corner, dtype=affine.dtype)
+        affine[:axes, :axes] *= torch.tensor(step, dtype=affine.dtype)
+        return MetaTensor(crop, affine=affine)
+
+
+class RandDownsampledCropd(Randomizable, MapTransform):
+    """Dictionary twin of :class:`RandDownsampledCrop`; all keys get the same crop and factor.
+
+    Args:
+        keys: entries to crop, of one grid.
+        allow_missing_keys: do not raise if a key is missing.
+        kwargs: see :class:`RandDownsampledCrop`.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, **kwargs) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        self.transform = RandDownsampledCrop(**kwargs)
+
+    def set_random_state(self, seed=None, state=None) -> RandDownsampledCropd:
+        super().set_random_state(seed, state)
+        self.transform.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        d = dict(data)
+        for i, key in enumerate(self.key_iterator(d)):
+            d[key] = self.transform(d[key], randomize=i == 0)
+        return d
+
+
+def _as_range(factor: float | Sequence[float]) -> tuple[float, float]:
+    """A range of factors, from a range or one number."""
+    factors = (factor, factor) if np.isscalar(factor) else tuple(factor)
+    if len(factors) != 2 or not 1 <= factors[0] <= factors[1]:
+        raise ValueError(f"factor must be a number or (low, high) of 1 or more, got {factor!r}.")
+    return factors
