@@ -1,9 +1,9 @@
 """Train the models that ship with the bundle, on the train splits of the manifest, and write them to bundle/models.
 
-One process a model, through the bundle's own `train.json`; a killed run goes on where it stopped. Test subjects are
-never trained on. About 22, 10, 6, 7 and 9 minutes on two CPU cores.
+One process a model, through the bundle's own workflows; a killed run goes on where it stopped. Test subjects are never
+trained on. The encoder comes first: the others start from it. Hours of each are in bundle/docs/README.md.
 
-    python benchmarks/train_models.py --data_dir ../shared/data --encoder bundle/models/pretrained/encoder.pt
+    python benchmarks/train_models.py --data_dir ../shared/data
 """
 
 from __future__ import annotations
@@ -13,85 +13,70 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _restoration import manifest_scans
-from finetuning import ROOT, TASKS, bundle, datalist, write_datalist
+from study import PRETRAINING, ROOT, TASKS, Study, as_options
 
-#: model: overlay, its place under bundle/models, the model it starts from (None: the encoder), options of the training
+MODELS_DIR = ROOT / "bundle" / "models"
+ENCODER = MODELS_DIR / "pretrained" / "encoder.pt"
+#: model: workflow, overlays, options of the training, and of what goes on from there with a new schedule
 MODELS = {
-    "brain_structures": (
-        None,
-        None,
-        None,
-        ["--epochs", "18", "--crops_per_scan", "2", "--val_interval", "3"],
+    "pretrained": (
+        "pretrain",
+        [],
+        [{"image_size": [64, 64, 64], "crops_per_scan": 1, "epochs": 300, "learning_rate": 0.001, "beta": 0.5}],
     ),
-    "brain_structures_2": (
-        None,
-        "model.pt",
-        "brain_structures",
-        ["--epochs", "8", "--crops_per_scan", "2", "--val_interval", "2", "--learning_rate", "0.001"],
+    "brain_structures": (
+        "train",
+        [],
+        [
+            {"epochs": 30, "crops_per_scan": 2, "val_interval": 5},
+            {"epochs": 18, "crops_per_scan": 2, "val_interval": 6},
+            {"epochs": 15, "crops_per_scan": 2, "val_interval": 5, "layer_decay": 0.75, "learning_rate": 0.001},
+        ],
     ),
     "hippocampus": (
-        "hippocampus",
-        "hippocampus/model.pt",
-        None,
-        ["--epochs", "30", "--crops_per_scan", "1", "--batch_size", "4", "--val_interval", "5"],
+        "train",
+        ["hippocampus"],
+        [{"epochs": 60, "crops_per_scan": 1, "batch_size": 4, "val_interval": 10}],
     ),
-    "denoising": (
-        "denoising",
-        None,
-        None,
-        ["--epochs", "10", "--val_interval", "5"],
-    ),
-    "denoising_2": (
-        "denoising",
-        "denoising/model.pt",
-        "denoising",
-        ["--epochs", "5", "--val_interval", "5", "--learning_rate", "0.001"],
-    ),
+    "denoising": ("train", ["denoising"], [{"epochs": 36, "val_interval": 9}]),
     "super_resolution": (
-        "super_resolution",
-        "super_resolution/model.pt",
-        None,
-        ["--epochs", "14", "--crops_per_scan", "16", "--val_interval", "7"],
+        "train",
+        ["super_resolution"],
+        [{"epochs": 36, "crops_per_scan": 64, "val_interval": 9}],
     ),
 }
 
 
-def scans(data_dir: Path, model: str, work_dir: Path) -> Path:
-    """Training scans of a restoration task: super-resolution learns from those that are fine along every axis."""
-    rows = manifest_scans(data_dir, "train", max_spacing=1.5 if model == "super_resolution" else float("inf"))
-    # The models that ship saw these scans with the manifest's bare subjects, which took some persons of two datasets
-    # for one; named apart, other scans of the list are drawn for validation.
-    items = [{"image": row["file"], "subject": row["subject"]} for row in rows if row["contrast"] != "ADC"]
-    return write_datalist(work_dir / f"{model}.json", {"training": items}, data_dir)
+def datalist(study: Study, model: str) -> Path:
+    """The training data of a model."""
+    if model == "pretrained":
+        return study.datalist("pretrain", *PRETRAINING)
+    if model in TASKS:
+        return study.datalist(model, TASKS[model]["splits"], [f"{model}/images/"])
+    return study.restoration_list(model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder with manifest.csv and the tasks' folders")
-    parser.add_argument("--encoder", type=Path, required=True, help="pretrained encoder.pt")
+    parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of manifest.csv")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "models")
-    parser.add_argument("options", nargs="*", help="more options of train.json, after --")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "models", help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="leaves this share of the CPU cores to the training")
     args = parser.parse_args()
-    data_dir, work_dir = args.data_dir.resolve(), args.work_dir.resolve()
+    study = Study(args.data_dir, args.work_dir, args.jobs)
     for model in args.models:
-        overlay, place, start, options = MODELS[model]
-        task = model.removesuffix("_2")
-        lists = (datalist if task in TASKS else scans)(data_dir, task, work_dir)
-        pretrained = work_dir / start / "models" / "model.pt" if start else args.encoder.resolve()
-        output = work_dir / model
-        output.mkdir(parents=True, exist_ok=True)
-        print(f"{model}: see {output / 'train.log'}", flush=True)
-        options = [
-            *("--dataset_dir", str(lists), "--output_dir", str(output), "--pretrained", str(pretrained)),
-            *("--max_val_scans", "5", *options, *args.options),
-        ]
-        bundle("training", "train", [overlay] if overlay else [], options, output / "train.log")
-        if place:
-            target = ROOT / "bundle" / "models" / place
-            script = ROOT / "scripts" / "half_precision.py"
-            subprocess.run([sys.executable, script, output / "models" / "model.pt", target], check=True)
+        workflow, overlays, stages = MODELS[model]
+        trained = ENCODER
+        for stage, options in enumerate(stages, start=1):
+            output = study.work_dir / (model if stage == 1 else f"{model}_{stage}")
+            options = {"dataset_dir": datalist(study, model), **options}
+            options |= {} if workflow == "pretrain" else {"pretrained": trained, "max_val_scans": 5}
+            print(f"{model}, stage {stage} of {len(stages)}: see {output / f'{workflow}.log'}", flush=True)
+            study.bundle("training", workflow, overlays, as_options(options), output)
+            trained = output / "models" / ("pretrained/encoder.pt" if model == "pretrained" else "model.pt")
+        target = ENCODER if model == "pretrained" else MODELS_DIR / model / "model.pt"
+        target = MODELS_DIR / "model.pt" if model == "brain_structures" else target
+        subprocess.run([sys.executable, ROOT / "scripts" / "half_precision.py", trained, target], check=True)
 
 
 if __name__ == "__main__":
