@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import Compose, Orientationd
-from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from sspformer.data import LoadScand
+from sspformer.evaluation import bootstrap_interval
 from sspformer.inference import StrictCheckpointLoader
 from sspformer.pretraining import above_mean
 from sspformer.restoration import ScaleByPercentiled
@@ -28,9 +29,12 @@ from sspformer.visualize import axial_slice
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
+CONFIGS = ROOT / "benchmarks" / "configs"
 DATA = ROOT.parent / "shared" / "data"
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 METRICS = ("psnr", "ssim", "psnr_foreground", "ssim_foreground")
+PEERS = ("unet", "restormer")  # overlays of ``configs``
+MAX_SPACING = {"denoising": math.inf, "super_resolution": 1.5}  # mm: a quarter of the lines of a thick slice is no scan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments and data
@@ -44,9 +48,12 @@ def restoration_parser(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with manifest.csv (default: %(default)s)")
     parser.add_argument(
         "--weights",
-        type=Path,
-        default=BUNDLE / "models" / name / "model.pt",
-        help="of our network (default: %(default)s)",
+        type=_name_and_path,
+        nargs="*",
+        default=[("ours", BUNDLE / "models" / name / "model.pt")],
+        metavar="NAME=PATH",
+        help="networks to evaluate, of our kind but those named after a peer, "
+        f"{' or '.join(PEERS)} (default: ours=, the weights that ship)",
     )
     parser.add_argument(
         "--region",
@@ -57,23 +64,39 @@ def restoration_parser(description: str, name: str) -> argparse.ArgumentParser:
         "96 96 64); 0 0 0: the whole scan",
     )
     parser.add_argument("--max_scans", type=int, help="only the first scans, for a quick look")
-    parser.add_argument("--seed", type=int, default=0, help="of noise, training and bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and bootstrap (default: %(default)s)")
     return parser
 
 
-def manifest_scans(data: Path, split: str, max_spacing: float = float("inf")) -> list[dict[str, str]]:
-    """Rows of the manifest: unlabelled heads of a split without a side longer than ``max_spacing`` mm, path in
-    ``image``."""
+def _name_and_path(text: str) -> tuple[str, Path]:
+    """``NAME=PATH``."""
+    name, _, path = text.partition("=")
+    if not name or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH of a file that exists, got {text!r}")
+    return name, Path(path)
+
+
+def manifest_scans(
+    data: Path, split: str, max_spacing: float = math.inf, folder: str = "heads"
+) -> list[dict[str, str]]:
+    """Rows of the manifest: scans of a split without a side longer than ``max_spacing`` mm, path in ``image``."""
     if not (data / "manifest.csv").is_file():
         raise SystemExit(f"no manifest.csv in {data}: give the folder of the shared data with --data")
     with (data / "manifest.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["file"].startswith("heads/") and row["split"] == split]
+        rows = [row for row in csv.DictReader(file) if row["file"].startswith(f"{folder}/") and row["split"] == split]
     rows = [row for row in rows if max(float(side) for side in row["spacing_mm"].split("x")) <= max_spacing]
-    # "sub-07" is another person in another dataset
-    return [
-        row | {"image": str(data / row["file"]), "subject": Path(row["file"]).name.split("_")[0] + "_" + row["subject"]}
-        for row in rows
-    ]
+    for row in rows:
+        row["image"] = str(data / row["file"])
+        if folder == "heads":  # "sub-07" is another person in another dataset
+            row["subject"] = Path(row["file"]).name.split("_")[0] + "_" + row["subject"]
+    return rows
+
+
+def training_scans(data: Path, task: str) -> list[dict[str, str]]:
+    """What a restoration task learns from, rows of the manifest: the heads of the train split, but for maps, which are
+    no scans; denoising also from the T1 heads of IXI of that split, whose 2 mm hold no detail to sharpen."""
+    heads = [row for row in manifest_scans(data, "train", MAX_SPACING[task]) if row["contrast"] != "ADC"]
+    return heads + (manifest_scans(data, "train", folder="brain_structures/images") if task == "denoising" else [])
 
 
 def load_clean(image: str) -> tuple[Tensor, Tensor]:
@@ -106,10 +129,11 @@ def central_region(foreground: Tensor, size: Sequence[int]) -> tuple[slice, ...]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def bundle_config(workflow: str, task: str, device: str) -> ConfigParser:
-    """The bundle's ``train.json`` or ``inference.json`` with the overlay of a restoration task."""
+def bundle_config(workflow: str, task: str, device: str, peer: str | None = None) -> ConfigParser:
+    """The bundle's ``train.json`` or ``inference.json`` with the overlay of a restoration task, and of a peer."""
     parser = ConfigParser()
-    parser.read_config([BUNDLE / "configs" / f"{name}.json" for name in (workflow, task)])
+    files = [BUNDLE / "configs" / f"{name}.json" for name in (workflow, task)]
+    parser.read_config([*files, *([CONFIGS / f"{peer}.json"] if peer else [])])
     parser["bundle_root"], parser["device"] = str(BUNDLE), device
     return parser
 
@@ -118,6 +142,15 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
     """The network with the weights of a file, for inference."""
     StrictCheckpointLoader(network, path)()
     return network.eval()
+
+
+def make_networks(task: str, args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The networks of ``--weights`` by name."""
+    networks = {}
+    for name, path in args.weights:
+        config = bundle_config("inference", task, args.device, name if name in PEERS else None)
+        networks[name] = load_weights(config.get_parsed_content("network_def"), path).to(args.device)
+    return networks
 
 
 @torch.no_grad()
@@ -195,9 +228,7 @@ def _subject_means(rows: Sequence[Mapping]) -> dict[str, np.ndarray]:
 
 
 def _mean_and_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
-    low = high = float("nan")
-    if len(values) > 1:
-        low, high = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
+    low, high = bootstrap_interval(values, seed=seed)
     std = values.std(ddof=1) if len(values) > 1 else float("nan")
     columns = {f"{name}_mean": values.mean(), f"{name}_std": std, f"{name}_ci_low": low, f"{name}_ci_high": high}
     return {column: round(float(value), 4) for column, value in columns.items()}
@@ -242,7 +273,8 @@ def picture(
         return axial_slice(image.transpose(-1, -2) if coronal else image)
 
     n_columns = 1 + max(len(images) for _, _, images in rows)
-    size = (1.9 * n_columns, 2.05 * 2 * len(rows))
+    heights = [1.9 * middle(clean).shape[0] / middle(clean).shape[1] for _, clean, _ in rows]
+    size = (1.9 * n_columns, sum(2 * height + 0.5 for height in heights))
     figure, axes = plt.subplots(2 * len(rows), n_columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()

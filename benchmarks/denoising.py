@@ -3,6 +3,8 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/denoising.py --data ../shared/data
 
+Other networks at equal time of training are in ``study.py``, which runs this script on them.
+
 Scans: the test split of ``heads`` in the manifest, whose subjects no training has seen. Noise of 1, 3, 5, 7 and 9 % is
 added to the whole scan by :func:`sspformer.transforms.frequency_weighted_noise` with ``alpha=0``, which is exactly
 Rician. The level is the standard deviation over the intensity range, 0 to the 99.5th percentile (the brightest voxel,
@@ -13,7 +15,7 @@ Contenders:
 
 - ``input``: the noisy image;
 - ``ours``: the bundle's network with its own scaling and sliding window, and its rule for scans with hardly any noise,
-  which looks at the whole scan. It is blind: nobody tells it the level;
+  which looks at the whole scan. It is blind: nobody tells it the level. Likewise any others that ``--weights`` names;
 - ``BM4D``: the ``bm4d`` package (free for non-commercial use; Maggioni et al., IEEE Trans. Image Process. 22, 2013;
   Makinen et al., same journal 29, 2020) between the forward and the exact unbiased inverse variance-stabilising
   transform of Rician data, :class:`RicianStabilizer`. It is **given the true level**;
@@ -26,8 +28,8 @@ A row a scan, level and method: PSNR and SSIM over the region and over the foreg
 seconds, and the bias (mean difference from the clean image) in air and in the foreground. The scans have noise of
 their own, which a denoiser would be punished for removing: the clean image is each scan at half its resolution, see
 :func:`quiet`.
-``denoising_summary.csv`` has means and 95 % intervals over subjects. The script says on which scans ours is below the
-input at the lowest level.
+``denoising_summary.csv`` has means and 95 % intervals over subjects. The script says on which scans a network is below
+the input at the lowest level.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from _restoration import (
     bundle_config,
     central_region,
     load_clean,
-    load_weights,
+    make_networks,
     manifest_scans,
     picture,
     print_summary,
@@ -60,6 +62,7 @@ from torch import Tensor
 from sspformer import kspace
 from sspformer.transforms import frequency_weighted_noise
 
+TASK = "denoising"
 PEERS = {"BM4D": "bm4d", "NLM": "dipy", "NLM, blind": "dipy"}  # the package of each
 
 
@@ -115,24 +118,27 @@ def with_nlm(noisy: np.ndarray, sigma: float, blind: bool, threads: int) -> np.n
     return nlmeans(noisy, sigma, rician=True, method="classic", num_threads=threads)
 
 
-def make_methods(args) -> dict[str, Callable[[Tensor, float], Tensor]]:
+def make_methods(args, networks) -> dict[str, Callable[[Tensor, float], Tensor]]:
     """What makes a denoised image ``(1, *S)`` of a noisy one and the true standard deviation of its noise, by name."""
-    config = bundle_config("inference", "denoising", args.device)
-    network = load_weights(config.get_parsed_content("network_def"), args.weights).to(args.device)
-    inferer = config.get_parsed_content("inferer")
+    inferer = bundle_config("inference", TASK, args.device).get_parsed_content("inferer")
 
     def on_arrays(function: Callable[[np.ndarray, float], np.ndarray]) -> Callable[[Tensor, float], Tensor]:
         return lambda noisy, sigma: torch.from_numpy(np.asarray(function(noisy[0].numpy(), sigma), np.float32))[None]
 
     threads = torch.get_num_threads()
-    methods = {
-        "input": lambda noisy, sigma: noisy,
-        "ours": lambda noisy, sigma: restore(noisy, network, inferer, args.device),
+    peers = {
         "BM4D": on_arrays(partial(with_bm4d, stabilizer=RicianStabilizer())),
         "NLM": on_arrays(partial(with_nlm, blind=False, threads=threads)),
         "NLM, blind": on_arrays(partial(with_nlm, blind=True, threads=threads)),
     }
-    return {name: method for name, method in methods.items() if name in ("input", "ours", *args.peers)}
+    return {
+        "input": lambda noisy, sigma: noisy,
+        **{
+            name: lambda noisy, sigma, network=network: restore(noisy, network, inferer, args.device)
+            for name, network in networks.items()
+        },
+        **{name: method for name, method in peers.items() if name in args.peers},
+    }
 
 
 def bias(pred: Tensor, clean: Tensor, foreground: Tensor) -> dict[str, float | str]:
@@ -183,7 +189,7 @@ def quiet(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = restoration_parser(__doc__, "denoising")
+    parser = restoration_parser(__doc__, TASK)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.01, 0.03, 0.05, 0.07, 0.09], help="of the noise")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: all")
     parser.add_argument(
@@ -198,26 +204,26 @@ def main() -> None:
         parser.error(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}, or choose --peers")
     prepare_machine(parser, args)
 
-    leave_quiet = bundle_config("inference", "denoising", args.device).get_parsed_content("leave_quiet")[0]
+    leave_quiet = bundle_config("inference", TASK, args.device).get_parsed_content("leave_quiet")
     scans = manifest_scans(args.data, "test")[: args.max_scans]
-    methods = make_methods(args)
+    networks = make_networks(TASK, args)
+    methods = make_methods(args, networks)
     setting = {"seed": args.seed, "noise": "Rician", **facts(args.device)}
     setting |= {package: version(package) for package in sorted({PEERS[name] for name in args.peers})}
     rows, pictured = [], []
     for i, scan in enumerate(scans):
         clean, foreground = quiet(load_clean(scan["image"])[0])
         region = central_region(foreground, args.region)
-        voxel_range = float(clean.amax() - clean.amin())  # what the noise function refers to
         for level in args.levels:
             # the same field, scaled, at every level of a scan
             generator = torch.Generator().manual_seed(1000 * args.seed + i)
-            noisy = frequency_weighted_noise(clean[None], level / voxel_range, alpha=0.0, generator=generator)
-            share = leave_quiet.share(noisy[0])
+            noisy = frequency_weighted_noise(clean[None], level, 0.0, generator=generator, intensity_range=1.0)
+            share = leave_quiet[0].share(noisy[0]) if leave_quiet else 1.0
             noisy = noisy[0][region]
             images = {}
             for name, method in methods.items():
                 seconds = stopwatch(lambda: images.update({name: method(noisy, level)}), args.device)  # noqa: B023
-                if name == "ours":  # as the bundle does, judged on the whole scan
+                if name in networks:  # as the bundle does, judged on the whole scan
                     images[name] = torch.lerp(noisy, images[name], share)
                 of = images[name], clean[region], foreground[region]
                 row = {"scan": Path(scan["file"]).name.removesuffix(".nii.gz"), "subject": scan["subject"]}
@@ -235,16 +241,17 @@ def main() -> None:
     plot(args.output.with_suffix(".png"), summary)
     if pictured:
         picture(args.output.with_name(f"{args.output.stem}_images.png"), pictured)
-    compare_at_lowest(rows, min(args.levels))
+    for name in networks:
+        compare_at_lowest(rows, name, min(args.levels))
 
 
-def compare_at_lowest(rows: Sequence[Mapping], level: float) -> None:
-    """Says on which scans ours is below the input."""
+def compare_at_lowest(rows: Sequence[Mapping], name: str, level: float) -> None:
+    """Says on which scans a network is below the input."""
     psnr = {(row["scan"], row["method"]): row["psnr"] for row in rows if row["level"] == level}
-    gains = {scan: psnr[scan, "ours"] - psnr[scan, "input"] for scan, method in psnr if method == "input"}
+    gains = {scan: psnr[scan, name] - psnr[scan, "input"] for scan, method in psnr if method == "input"}
     worst = min(gains, key=gains.get)
     below = [f"{scan} ({gain:+.2f} dB)" for scan, gain in gains.items() if gain < 0]
-    print(f"\nat {level:.0%} ours is below the input on {len(below)} of {len(gains)} scans", *below, sep="\n  ")
+    print(f"\nat {level:.0%} {name} is below the input on {len(below)} of {len(gains)} scans", *below, sep="\n  ")
     print(f"its smallest gain is {gains[worst]:+.2f} dB, on {worst}")
 
 

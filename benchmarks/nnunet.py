@@ -36,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import RESULTS, facts, print_table, write_csv
-from finetuning import ROOT, datalist
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
     plan_experiment_dataset,
@@ -46,6 +45,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from study import ROOT, TASKS, Study
 
 from sspformer.data import prepare_pairs
 
@@ -210,7 +210,8 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 def main() -> None:
     args = parse()
     args.data_dir, args.work_dir = args.data_dir.resolve(), args.work_dir.resolve()
-    lists = datalist(args.data_dir, "hippocampus", args.work_dir)
+    study = Study(args.data_dir, args.work_dir, jobs=1)
+    lists = study.datalist("hippocampus", TASKS["hippocampus"]["splits"], ["hippocampus/images/"])
     labels = None if args.labels == "all" else int(args.labels)
     pairs = prepare_pairs(lists, classes=len(STRUCTURES) + 1, seed=args.seed, max_subjects=labels)
     budget = f"{args.minutes:g}min" if args.minutes else f"{args.iterations}it"

@@ -8,6 +8,8 @@ goes on where it stopped:
 - ``pretrain``: `pretrain.json` for each arm and seed, at equal time;
 - ``segment``: `train.json` from each arm's encoder (or from scratch, or with a peer in the network's place), for each
   task and number of labelled subjects, at equal steps (peers: equal time), then `evaluate.json` on the test subjects;
+- ``restore``: `train.json` with the overlay of denoising or super-resolution, likewise, then `denoising.py` or
+  `super_resolution.py` on the test scans;
 - ``robustness``: `evaluate.json` again, on test scans with artifacts;
 - ``report``: tables with intervals and pictures of what is complete, in ``results/study_*``.
 
@@ -25,13 +27,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from _common import RESULTS, print_table, write_csv
+from _restoration import training_scans
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "benchmarks" / "configs"
@@ -42,7 +45,7 @@ def torchio(name: str, **options) -> dict[str, object]:
     return {"_target_": "artifacts.TorchIOd", "keys": "image", "name": name, **options}
 
 
-#: arm of the pretraining: options of pretrain.json, and its epochs over those of the others, for equal time
+#: arm of the pretraining: options of pretrain.json, and its epochs over those of the others (hard: for equal time)
 ARMS: dict[str, tuple[list[str], float]] = {
     "random": (["--beta", "0.0"], 1.0),
     "scheduled": (["--beta", "0.5"], 1.0),
@@ -51,7 +54,14 @@ ARMS: dict[str, tuple[list[str], float]] = {
     "hints": (["--beta", "0.5", "--mask#hints", "0.05"], 1.0),
     "random_clean": (["--beta", "0.0", "--noise", "null"], 1.0),
     "scheduled_clean": (["--beta", "0.5", "--noise", "null"], 1.0),
+    "random_long": (["--beta", "0.0"], 7.5),
+    "scheduled_long": (["--beta", "0.5"], 7.5),
 }
+LONG = ("random_long", "scheduled_long")  # pretrained with seed 0 alone; fine-tuned with every seed
+PRETRAINING = (
+    {"training": ["train"], "validation": ["val"]},
+    ["heads/", "brain_structures/images/"],
+)  # splits, folders
 EPOCHS, CROP = 40, 64  # of the pretraining: 800 steps of 8 crops
 #: peers of the segmentation, from scratch: time of a step over ours, which divides the number of steps
 PEERS = {
@@ -59,7 +69,7 @@ PEERS = {
     "swinunetr": {"brain_structures": 5.0, "hippocampus": 3.4},
     "unetr": {"brain_structures": 1.6, "hippocampus": 2.7},
 }
-STAGES = ("pretrain", "segment", "robustness", "report")
+STAGES = ("pretrain", "segment", "restore", "robustness", "report")
 MAIN = ("scratch", "random", "scheduled")  # with every number of labels
 ROBUSTNESS = ("brain_structures", 110)  # what the scans with artifacts are segmented by
 ROBUST_ARMS = ("random", "scheduled")
@@ -74,6 +84,9 @@ COMPARISONS = (
     ("random", "random_clean", False),
     ("scheduled", "scheduled_clean", False),
     ("scheduled_clean", "random_clean", False),
+    ("random_long", "random", False),
+    ("scheduled_long", "scheduled", False),
+    ("scheduled_long", "random_long", False),
 )
 N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
 TASKS = {
@@ -81,20 +94,36 @@ TASKS = {
     "brain_structures": {
         "overlays": [],
         "batch": 1,
-        "steps": 1000,
+        "steps": 600,
         "labels": (5, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
-        "few": MAIN,
+        "few": (*MAIN, *LONG),
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
         "batch": 4,
         "steps": 400,
         "labels": (10, 50, 126),
-        "few": ("scratch", *ARMS),
+        "few": ("scratch", *(arm for arm in ARMS if arm not in LONG)),
         "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
     },
 }
+
+#: restoration: options of the training, an epoch of ours, and of the evaluation
+RESTORATION = {
+    "denoising": (
+        {"epochs": 4},
+        ["--levels", "0.01", "0.05", "0.09", "0.15", "--peers", "--region", "48", "48", "40"],
+    ),
+    "super_resolution": ({"epochs": 3, "crops_per_scan": 64}, ["--region", "64", "64", "40"]),
+}
+#: peers of the restoration: time of a step over ours, which divides the number of crops a scan, of which one is left
+RESTORATION_PEERS = {
+    "unet": {"denoising": 0.95, "super_resolution": 0.97},
+    "restormer": {"denoising": 13.4, "super_resolution": 12.9},
+}
+
+EVERY = ("scratch", *ARMS, *PEERS, *RESTORATION_PEERS)  # the order of the tables
 
 #: artifacts of the test scans; those of TorchIO are made otherwise than any that our training draws
 ARTIFACTS = {
@@ -151,15 +180,19 @@ class Study:
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
-    def datalist(self, name: str, splits: dict[str, Sequence[str]], folders: Sequence[str]) -> Path:
-        """MSD-style datalist of the manifest's rows in some folders; labels where there are any."""
+    def datalist(
+        self, name: str, splits: dict[str, Sequence[str]], folders: Sequence[str], files: Collection[str] | None = None
+    ) -> Path:
+        """MSD-style datalist of the manifest's rows in some folders, or of some files of them; labels where there are
+        any."""
         items = {}
         for section, wanted in splits.items():
             rows = [row for row in self.manifest if row["split"] in wanted and row["file"].startswith(tuple(folders))]
-            items[section] = [self._item(row) for row in rows]
-        path = self.work_dir / f"{name}.json"
+            items[section] = [self._item(row) for row in rows if files is None or row["file"] in files]
+        path, text = self.work_dir / f"{name}.json", json.dumps(items, indent=1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(items, indent=1))
+        if not path.is_file() or path.read_text() != text:  # another run may be reading it
+            path.write_text(text)
         return path
 
     def _item(self, row: dict[str, str]) -> dict[str, str]:
@@ -182,17 +215,21 @@ class Study:
         command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
         command += ["--meta_file", "configs/metadata.json", "--logging_file", "configs/logging.conf"]
         command += [*options, "--output_dir", str(output)]
+        start = time.perf_counter()
+        self.process(command, log)
+        with (output / "seconds.csv").open("a") as file:
+            file.write(f"{config},{time.perf_counter() - start:.0f}\n")
+
+    def process(self, command: Sequence[str | Path], log: Path) -> None:
+        """A command in the bundle's folder, on this run's share of the cores; its messages go to a file."""
         path = [str(ROOT / "custom"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]
         variables = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": str(self.threads)}
-        start = time.perf_counter()
         with log.open("a") as file:
             result = subprocess.run(
                 command, cwd=ROOT / "bundle", env={**os.environ, **variables}, stdout=file, stderr=file
             )
         if result.returncode:
-            raise RuntimeError(f"{run_id} failed, see {log}:\n{''.join(log.read_text().splitlines(True)[-5:])}")
-        with (output / "seconds.csv").open("a") as file:
-            file.write(f"{config},{time.perf_counter() - start:.0f}\n")
+            raise RuntimeError(f"it failed, see {log}:\n{''.join(log.read_text().splitlines(True)[-5:])}")
 
     def pretrain(self, arm: str, seed: int) -> Cell:
         """The pretraining of an arm."""
@@ -202,11 +239,7 @@ class Study:
         output = self.work_dir / "pretrain" / f"{arm}_{seed}"
 
         def run() -> None:
-            lists = self.datalist(
-                "pretrain",
-                {"training": ["train"], "validation": ["val"]},
-                ["heads/", "brain_structures/images/"],
-            )
+            lists = self.datalist("pretrain", *PRETRAINING)
             fixed = {
                 "dataset_dir": lists,
                 "cache_dir": self.work_dir / "cache",
@@ -250,6 +283,42 @@ class Study:
 
         return Cell(f"segment {task} {n_labels} {start} {seed}", (output / "evaluation" / "metrics.csv").is_file, run)
 
+    def restore(self, task: str, start: str, seed: int) -> Cell:
+        """Training for denoising or super-resolution, from an arm's encoder, from ``scratch``, or of a peer; then PSNR
+        on the test scans."""
+        settings, evaluation = RESTORATION[task]
+        peer = start in RESTORATION_PEERS
+        crops = settings.get("crops_per_scan", 8)
+        crops = max(1, round(crops / RESTORATION_PEERS[start][task])) if peer else crops
+        output = self.work_dir / f"{task}_{settings['epochs']}" / f"{start}_{seed}"
+
+        def run() -> None:
+            if epochs_done(output) < settings["epochs"]:
+                options = {
+                    **settings,
+                    "dataset_dir": self.restoration_list(task),
+                    "seed": seed,
+                    "pretrained": "null" if start == "scratch" or peer else self.encoder(start, seed),
+                    "crops_per_scan": crops,
+                    "val_interval": settings["epochs"],
+                    "max_val_scans": 3,
+                    "cache_dir": self.work_dir / "cache",
+                }
+                overlays = [task, *([CONFIGS / f"{start}.json"] if peer else [])]
+                self.bundle("training", "train", overlays, as_options(options), output)
+            script = [sys.executable, ROOT / "benchmarks" / f"{task}.py", "--data", self.data_dir, *evaluation]
+            part = output / "quality.part.csv"
+            script += ["--weights", f"{start}={output / 'models' / 'model.pt'}", "--output", part]
+            self.process(script, output / "evaluation.log")
+            part.replace(output / "quality.csv")
+
+        return Cell(f"restore {task} {start} {seed}", (output / "quality.csv").is_file, run)
+
+    def restoration_list(self, task: str) -> Path:
+        """Datalist of what a restoration task is trained on."""
+        files = {row["file"] for row in training_scans(self.data_dir, task)}
+        return self.datalist(task, {"training": ["train"]}, ["heads/", "brain_structures/images/"], files)
+
     def robustness(self, task: str, n_labels: int, start: str, seed: int, artifact: str) -> Cell:
         """Dice of a fine-tuned network on test scans with an artifact."""
         output = self.run_of(task, n_labels, start, seed)
@@ -275,10 +344,11 @@ class Study:
 
     def run_of(self, task: str, n_labels: int, start: str, seed: int) -> Path:
         """Output folder of a fine-tuning."""
-        return self.work_dir / task / f"{n_labels}_{start}_{seed}"
+        return self.work_dir / f"{task}_{TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
 
     def encoder(self, arm: str, seed: int) -> Path:
         """Where the pretraining of an arm leaves its encoder."""
+        seed = 0 if arm in LONG else seed
         return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
 
 
@@ -331,7 +401,7 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
     """The runs of every stage, in the order of the protocol: all of one seed before the next."""
     cells: dict[str, list[Cell]] = {stage: [] for stage in STAGES}
     for seed in args.seeds:
-        cells["pretrain"] += [study.pretrain(arm, seed) for arm in args.arms]
+        cells["pretrain"] += [study.pretrain(arm, seed) for arm in args.arms if seed == 0 or arm not in LONG]
         for task in args.tasks:
             fewest, *more = TASKS[task]["labels"]
             for n_labels in (fewest, *more):
@@ -342,6 +412,10 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
                 if n_labels == TASKS[task]["labels"][-1] or args.full:
                     starts += args.peers
                 cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
+        for task in RESTORATION:
+            starts = ["scratch", *args.arms, *RESTORATION_PEERS]
+            wanted = (*MAIN, *(args.arms if args.full else ()), *RESTORATION_PEERS)
+            cells["restore"] += [study.restore(task, start, seed) for start in starts if start in wanted]
         task, n_labels = ROBUSTNESS
         for start in ("scratch", *args.arms) if args.full else ("scratch", *ROBUST_ARMS):
             if start in ("scratch", *args.arms):
@@ -353,7 +427,7 @@ def collect(study: Study, args: argparse.Namespace) -> tuple[list[dict], list[di
     """Mean Dice of every test subject in the complete runs: on the scans as they are, and on those with artifacts."""
     clean, robust = [], []
     for task in args.tasks:
-        for run in sorted((study.work_dir / task).glob("*_*")):
+        for run in sorted((study.work_dir / f"{task}_{TASKS[task]['steps']}").glob("*_*")):
             n_labels, start, seed = run.name.split("_", 1)[0], *run.name.split("_", 1)[1].rsplit("_", 1)
             for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
                 artifact = evaluation.parent.name.removeprefix("evaluation").removeprefix("_")
@@ -369,11 +443,32 @@ def collect(study: Study, args: argparse.Namespace) -> tuple[list[dict], list[di
     return clean, robust
 
 
-def table_of(rows: Sequence[dict], **wanted: object) -> np.ndarray:
-    """Dice ``(seeds, subjects)`` of the rows with these entries, seeds and subjects in order."""
+def collect_restoration(study: Study) -> list[dict]:
+    """Gain in PSNR, dB, of every test subject in the complete runs, for each degradation; a mean over its scans."""
+    lines = []
+    for task, (settings, _) in RESTORATION.items():
+        for file in sorted((study.work_dir / f"{task}_{settings['epochs']}").glob("*/quality.csv")):
+            start, seed = file.parent.name.rsplit("_", 1)
+            with file.open(newline="") as csv_file:
+                rows = list(csv.DictReader(csv_file))
+            gains: dict[tuple[str, str], list[float]] = {}
+            key = "level" if task == "denoising" else "degradation"
+            before = {(r["scan"], r[key]): r for r in rows if r["method"] in ("input", "zero-filled")}
+            for row in rows:
+                if row["method"] == start:
+                    gain = float(row["psnr"]) - float(before[row["scan"], row[key]]["psnr"])
+                    gains.setdefault((row[key], row["subject"]), []).append(gain)
+            for (degradation, subject), values in gains.items():
+                here = {"task": task, "degradation": degradation, "start": start, "seed": int(seed)}
+                lines.append({**here, "subject": subject, "gain": sum(values) / len(values)})
+    return lines
+
+
+def table_of(rows: Sequence[dict], score: str, **wanted: object) -> np.ndarray:
+    """Scores ``(seeds, subjects)`` of the rows with these entries, seeds and subjects in order."""
     rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     seeds, subjects = sorted({row["seed"] for row in rows}), sorted({row["subject"] for row in rows})
-    place = {(row["seed"], row["subject"]): row["dice"] for row in rows}
+    place = {(row["seed"], row["subject"]): row[score] for row in rows}
     return np.array([[place[seed, subject] for subject in subjects] for seed in seeds]).reshape(len(seeds), -1)
 
 
@@ -389,28 +484,33 @@ def interval(values: np.ndarray, confidence: float = 0.95, draws: int = 10_000) 
     return float(low), float(high)
 
 
-def compare(rows: Sequence[dict], columns: Sequence[str], primary: int, digits: int = 4) -> list[dict]:
+def compare(
+    rows: Sequence[dict], columns: Sequence[str], primary: int | None, score: str = "dice", digits: int = 4
+) -> list[dict]:
     """Means of each arm, and differences of the pairs of ``COMPARISONS``, with intervals.
 
     Args:
         rows: of :func:`collect`.
         columns: what a table is made for each value of: task, number of labels.
-        primary: number of primary comparisons, for the corrected interval of the differences.
+        primary: number of primary comparisons, for the corrected interval of the differences; None: there are none.
+        score: what is compared.
         digits: decimals.
     """
     summary = []
     for group in sorted({tuple(row[column] for column in columns) for row in rows}):
         here = dict(zip(columns, group, strict=True))
-        tables = {start: table_of(rows, start=start, **here) for start in dict.fromkeys(row["start"] for row in rows)}
+        tables = {
+            start: table_of(rows, score, start=start, **here) for start in dict.fromkeys(row["start"] for row in rows)
+        }
         tables = {start: table for start, table in tables.items() if table.size}
 
-        order = [start for start in ("scratch", *ARMS, *PEERS) if start in tables]
+        order = [start for start in EVERY if start in tables]
         summary += [{**here, **statistics(start, tables[start], digits)} for start in order]
         for first, second, is_primary in COMPARISONS:
             if first in tables and second in tables:
                 n = min(len(tables[first]), len(tables[second]))  # seeds that both have
                 difference = tables[first][:n] - tables[second][:n]
-                corrected = 1 - 0.05 / primary if is_primary else None
+                corrected = 1 - 0.05 / primary if is_primary and primary else None
                 summary.append({**here, **statistics(f"{first} - {second}", difference, digits, corrected)})
     return summary
 
@@ -429,14 +529,18 @@ def statistics(name: str, values: np.ndarray, digits: int, corrected: float | No
 def report(study: Study, args: argparse.Namespace) -> None:
     """Tables and pictures of what is complete."""
     clean, robust = collect(study, args)
-    if not clean:
-        print("nothing is complete yet")
-        return
-    write_csv(RESULTS / "study_segmentation.csv", clean)
-    summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
-    write_csv(RESULTS / "study_segmentation_summary.csv", summary)
-    print_table(list(summary[-1]), [[row.get(name, "") for name in summary[-1]] for row in summary])
-    plot_labels(summary, RESULTS / "study_labels.png")
+    restored = collect_restoration(study)
+    if clean:
+        write_csv(RESULTS / "study_segmentation.csv", clean)
+        summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
+        publish(summary, "study_segmentation_summary.csv")
+        plot_labels(summary, RESULTS / "study_labels.png")
+    if restored:
+        write_csv(RESULTS / "study_restoration.csv", restored)
+        every = [{**row, "degradation": "mean of all"} for row in mean_over(restored, "degradation", "gain")]
+        summary = compare(every, ["task", "degradation"], N_PRIMARY, "gain", 3)
+        summary += compare(restored, ["task", "degradation"], None, "gain", 3)
+        publish(summary, "study_restoration_summary.csv")
     if robust:
         # the loss of each subject against its own scan without the artifact
         before = {(r["task"], r["n_labels"], r["start"], r["seed"], r["subject"]): r["dice"] for r in clean}
@@ -444,22 +548,31 @@ def report(study: Study, args: argparse.Namespace) -> None:
             {**r, "dice": r["dice"] - before[r["task"], r["n_labels"], r["start"], r["seed"], r["subject"]]}
             for r in robust
         ]
-        every = [{**row, "artifact": "mean of all"} for row in mean_over(losses)]
+        every = [{**row, "artifact": "mean of all"} for row in mean_over(losses, "artifact", "dice")]
         write_csv(RESULTS / "study_robustness.csv", robust)
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], len(ROBUST_ARMS))
-        write_csv(RESULTS / "study_robustness_summary.csv", summary)
-        print_table(list(summary[-1]), [[row.get(name, "") for name in summary[-1]] for row in summary])
+        publish(summary, "study_robustness_summary.csv")
 
 
-def mean_over(rows: Sequence[dict]) -> list[dict]:
-    """Rows averaged over the artifacts, where a run has them all."""
+def publish(summary: Sequence[dict], name: str) -> None:
+    """A summary to the results, and to the screen."""
+    columns = list(dict.fromkeys(column for row in summary for column in row))
+    rows = [{column: row.get(column, "") for column in columns} for row in summary]
+    write_csv(RESULTS / name, rows)
+    print_table(columns, [list(row.values()) for row in rows])
+
+
+def mean_over(rows: Sequence[dict], column: str, score: str) -> list[dict]:
+    """Rows averaged over the values of a column, where a run has all that any run of the task has."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["task"], row["n_labels"], row["start"], row["seed"], row["subject"]), []).append(row)
+        group = tuple(value for name, value in row.items() if name not in (column, score))
+        groups.setdefault(group, []).append(row)
+    wanted = {task: len({row[column] for row in rows if row["task"] == task}) for task in {row["task"] for row in rows}}
     return [
-        {**group[0], "dice": sum(row["dice"] for row in group) / len(group)}
+        {**group[0], score: sum(row[score] for row in group) / len(group)}
         for group in groups.values()
-        if len(group) == len(ARTIFACTS)
+        if len(group) == wanted[group[0]["task"]]
     ]
 
 
@@ -477,7 +590,7 @@ def plot_labels(summary: Sequence[dict], path: Path) -> None:
             rows = [row for row in summary if row["task"] == task and row["arm"] == start]
             if not rows:
                 continue
-            shift = 1 + 0.02 * (list((*MAIN, *ARMS, *PEERS)).index(start) - 4)  # so that intervals stand side by side
+            shift = 1 + 0.02 * (EVERY.index(start) - 6)  # so that intervals stand side by side
             x = [row["n_labels"] * shift for row in rows]
             y = [row["mean"] for row in rows]
             spread = [[row["mean"] - row["low"] for row in rows], [row["high"] - row["mean"] for row in rows]]

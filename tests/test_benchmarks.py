@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from sspformer.kspace import fourier_resample
 from sspformer.networks import MaskedAutoencoder
+from sspformer.networks.dense import noise_level
 from sspformer.transforms import patch_energy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import study  # noqa: E402
+import super_resolution  # noqa: E402
+from _restoration import bundle_config  # noqa: E402
 from hard_patches import HardPatchSampler  # noqa: E402
 
 
@@ -90,12 +94,60 @@ def test_differences_are_paired_over_seeds_and_subjects():
     assert "low_corrected" not in lines["random - scratch"]  # not a primary comparison
 
 
+def test_the_gain_of_restoration_is_over_the_degraded_image_and_a_subject_counts_once(tmp_path):
+    (tmp_path / "manifest.csv").write_text("file,split\n")
+    of = study.Study(tmp_path, tmp_path, jobs=2)
+    settings = study.RESTORATION["denoising"][0]
+    run = tmp_path / f"denoising_{settings['epochs']}" / "random_long_0"
+    run.mkdir(parents=True)
+    rows = ["scan,subject,level,method,psnr"]
+    for level, gain in ((0.01, 1.0), (0.09, 3.0)):
+        for scan, subject, more in (("a_T1", "a", 0.0), ("a_T2", "a", 1.0), ("b_T1", "b", 0.0)):
+            rows += [f"{scan},{subject},{level},input,30.0", f"{scan},{subject},{level},random_long,{30 + gain + more}"]
+    (run / "quality.csv").write_text("\n".join(rows))
+    lines = study.collect_restoration(of)
+    gains = {(line["degradation"], line["subject"]): line["gain"] for line in lines}
+    assert gains == {("0.01", "a"): 1.5, ("0.01", "b"): 1.0, ("0.09", "a"): 3.5, ("0.09", "b"): 3.0}
+    assert {(line["start"], line["seed"]) for line in lines} == {("random_long", 0)}
+    means = study.mean_over(lines, "degradation", "gain")
+    assert {line["subject"]: line["gain"] for line in means} == {"a": 2.5, "b": 2.0}
+    assert study.mean_over([*lines[:-1], {**lines[-1], "seed": 1}], "degradation", "gain")[0]["subject"] == "a"
+    summary = study.compare(means, ["task"], None, "gain")
+    assert summary[0]["mean"] == 2.25
+
+
+@pytest.mark.parametrize("peer", list(study.RESTORATION_PEERS))
+@pytest.mark.parametrize("task", list(study.RESTORATION))
+def test_peers_of_restoration_start_from_their_input(task, peer):
+    config = bundle_config("train", task, "cpu", peer)
+    network, image = config.get_parsed_content("network_def"), torch.rand(1, 1, 16, 16, 16)
+    assert torch.equal(network(image), image) and network.noise_scaled == (task == "denoising")
+    torch.nn.init.ones_(network.head.bias)
+    torch.nn.init.zeros_(network.head.weight)
+    unit = noise_level(image) if task == "denoising" else config.get_parsed_content("network_def#residual_scale")
+    torch.testing.assert_close(network(image), image + unit)
+
+
+def test_the_measured_kspace_of_the_scan_is_put_back_into_the_region():
+    clean = torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    low = fourier_resample(clean[None], (8, 8, 8))
+    zero_filled, region = fourier_resample(low, (16, 16, 16))[0], (slice(None), *[slice(4, 12)] * 3)
+    same = super_resolution.restore_region(zero_filled, low, region, lambda image: image)
+    torch.testing.assert_close(same, zero_filled[region], rtol=0, atol=1e-5)
+    seen = []
+    better = super_resolution.restore_region(
+        zero_filled, low, region, lambda image: seen.append(image) or clean[region]
+    )
+    assert torch.equal(seen[0], zero_filled[region])
+    assert (better - clean[region]).square().mean() < 0.5 * (same - clean[region]).square().mean()
+
+
 def test_the_reduced_matrix_is_part_of_the_full_one(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
     namespace = {"arms": list(study.ARMS), "peers": list(study.PEERS), "tasks": list(study.TASKS), "seeds": [0, 1, 2]}
     of = study.Study(tmp_path, tmp_path / "work", jobs=2)
     reduced, full = (study.matrix(of, study.argparse.Namespace(**namespace, full=full)) for full in (False, True))
-    for stage in ("pretrain", "segment", "robustness"):
+    for stage in ("pretrain", "segment", "restore", "robustness"):
         names = [cell.name for cell in reduced[stage]]
         assert len(set(names)) == len(names) and set(names) <= {cell.name for cell in full[stage]}
         assert not any(cell.complete() for cell in reduced[stage])
