@@ -285,7 +285,7 @@ def picture(
             axis.set_title(name if name != "clean" else f"clean\n{title}", fontsize=7)
         for axis, image in zip(below[1:], images.values(), strict=False):
             shown = axis.imshow(middle(image - clean), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        figure.colorbar(shown, ax=list(below), shrink=0.7, label="difference from clean")
+        figure.colorbar(shown, ax=list(below), shrink=0.7, label="difference").ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     print(f"written to {path}")
