@@ -12,7 +12,7 @@ SEGMENT=(
 )
 DENOISE=(
   --epochs 6 --val_interval 3 --max_val_scans 2
-  --crops_per_scan "\$max(1, round(400 / len(@datalist['training'])))"
+  --crops_per_scan "\$max(1, round(240 / len(@datalist['training'])))"
 )
 
 usage() {
