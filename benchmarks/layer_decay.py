@@ -16,9 +16,9 @@ from pathlib import Path
 
 from _common import RESULTS, print_table, write_csv
 from study import ROOT, TASKS, Cell, Study, as_options, epochs_done, run_all
+from train_models import ENCODER
 
 TASK, LABELS, CROPS = "brain_structures", 20, 3
-SHIPPED = ROOT / "bundle" / "models" / "pretrained" / "encoder.pt"
 #: what the weights start from, layer decay
 RUNS = (("scratch", 1.0), *(("scheduled", decay) for decay in (1.0, 0.75, 0.5, 0.25)), ("shipped", 0.5))
 
@@ -33,7 +33,7 @@ def fine_tuning(study: Study, start: str, decay: float, seed: int, steps: int) -
             "dataset_dir": study.datalist(TASK, TASKS[TASK]["splits"], [f"{TASK}/images/"]),
             "cache_dir": study.work_dir / "cache",
             "seed": seed,
-            "pretrained": {"scratch": "null", "shipped": SHIPPED}.get(start) or study.encoder(start, seed),
+            "pretrained": ENCODER if start == "shipped" else study.encoder(start, seed),
             "layer_decay": decay,
             "max_subjects": LABELS,
             "crops_per_scan": CROPS,

@@ -112,7 +112,7 @@ TASKS = {
 #: restoration: options of the training, an epoch of ours, and of the evaluation
 RESTORATION = {
     "denoising": (
-        {"epochs": 4},
+        {"epochs": 4, "crops_per_scan": 8},
         ["--levels", "0.01", "0.05", "0.09", "0.15", "--peers", "--region", "48", "48", "40"],
     ),
     "super_resolution": ({"epochs": 3, "crops_per_scan": 64}, ["--region", "64", "64", "40"]),
@@ -269,7 +269,7 @@ class Study:
                 options = {
                     "dataset_dir": lists,
                     "seed": seed,
-                    "pretrained": "null" if start == "scratch" or peer else self.encoder(start, seed),
+                    "pretrained": self.encoder(start, seed),
                     "batch_size": setup["batch"],
                     "max_subjects": n_labels,
                     "crops_per_scan": crops,
@@ -288,7 +288,7 @@ class Study:
         on the test scans."""
         settings, evaluation = RESTORATION[task]
         peer = start in RESTORATION_PEERS
-        crops = settings.get("crops_per_scan", 8)
+        crops = settings["crops_per_scan"]
         crops = max(1, round(crops / RESTORATION_PEERS[start][task])) if peer else crops
         output = self.work_dir / f"{task}_{settings['epochs']}" / f"{start}_{seed}"
 
@@ -298,7 +298,7 @@ class Study:
                     **settings,
                     "dataset_dir": self.restoration_list(task),
                     "seed": seed,
-                    "pretrained": "null" if start == "scratch" or peer else self.encoder(start, seed),
+                    "pretrained": self.encoder(start, seed),
                     "crops_per_scan": crops,
                     "val_interval": settings["epochs"],
                     "max_val_scans": 3,
@@ -317,7 +317,7 @@ class Study:
     def restoration_list(self, task: str) -> Path:
         """Datalist of what a restoration task is trained on."""
         files = {row["file"] for row in training_scans(self.data_dir, task)}
-        return self.datalist(task, {"training": ["train"]}, ["heads/", "brain_structures/images/"], files)
+        return self.datalist(task, {"training": ["train"]}, PRETRAINING[1], files)
 
     def robustness(self, task: str, n_labels: int, start: str, seed: int, artifact: str) -> Cell:
         """Dice of a fine-tuned network on test scans with an artifact."""
@@ -346,8 +346,10 @@ class Study:
         """Output folder of a fine-tuning."""
         return self.work_dir / f"{task}_{TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
 
-    def encoder(self, arm: str, seed: int) -> Path:
-        """Where the pretraining of an arm leaves its encoder."""
+    def encoder(self, arm: str, seed: int) -> Path | str:
+        """Where the pretraining of an arm leaves its encoder; ``null`` for what is none: scratch, and the peers."""
+        if arm not in ARMS:
+            return "null"
         seed = 0 if arm in LONG else seed
         return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
 
