@@ -91,7 +91,7 @@ class SSPFormerDense(nn.Module):
             raise ValueError("noise_scaled scales the residual: it needs residual=True.")
         if blocks < 0:
             raise ValueError(f"blocks must be 0 or more, got {blocks}.")
-        self.residual, self.residual_scale, self.noise_scaled = residual, residual_scale, noise_scaled
+        self.residual, self.noise_scaled = residual, noise_scaled
         self.summed = blocks > 0
         # the unit is part of the weights, by a name that weights of the other kind do not have
         units = {"noise_unit": noise_scaled, "intensity_unit": residual and not noise_scaled}
