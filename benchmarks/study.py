@@ -58,6 +58,7 @@ ARMS: dict[str, tuple[list[str], float]] = {
     "scheduled_long": (["--beta", "0.5"], 7.5),
 }
 LONG = ("random_long", "scheduled_long")  # pretrained with seed 0 alone; fine-tuned with every seed
+ONCE = ("hard", "constant", "hints")  # in the reduced matrix with seed 0 alone, as the peers and the robustness are
 PRETRAINING = (
     {"training": ["train"], "validation": ["val"]},
     ["heads/", "brain_structures/images/"],
@@ -403,24 +404,26 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
     """The runs of every stage, in the order of the protocol: all of one seed before the next."""
     cells: dict[str, list[Cell]] = {stage: [] for stage in STAGES}
     for seed in args.seeds:
-        cells["pretrain"] += [study.pretrain(arm, seed) for arm in args.arms if seed == 0 or arm not in LONG]
+        every = args.full or seed == 0
+        arms = [arm for arm in args.arms if every or arm not in ONCE]
+        cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if seed == 0 or arm not in LONG]
         for task in args.tasks:
             fewest, *more = TASKS[task]["labels"]
             for n_labels in (fewest, *more):
-                starts = ["scratch", *args.arms]
+                starts = ["scratch", *arms]
                 if not args.full:
                     wanted = TASKS[task]["few"] if n_labels == fewest else MAIN
                     starts = [start for start in starts if start in wanted]
-                if n_labels == TASKS[task]["labels"][-1] or args.full:
+                if args.full or (every and n_labels == TASKS[task]["labels"][-1]):
                     starts += args.peers
                 cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
         for task in RESTORATION:
-            starts = ["scratch", *args.arms, *RESTORATION_PEERS]
-            wanted = (*MAIN, *(args.arms if args.full else ()), *RESTORATION_PEERS)
-            cells["restore"] += [study.restore(task, start, seed) for start in starts if start in wanted]
+            starts = ["scratch", *(arm for arm in arms if args.full or arm in MAIN)]
+            starts += RESTORATION_PEERS if every else ()
+            cells["restore"] += [study.restore(task, start, seed) for start in starts]
         task, n_labels = ROBUSTNESS
-        for start in ("scratch", *args.arms) if args.full else ("scratch", *ROBUST_ARMS):
-            if start in ("scratch", *args.arms):
+        for start in ("scratch", *arms) if every else ():
+            if args.full or start in ("scratch", *ROBUST_ARMS):
                 cells["robustness"] += [study.robustness(task, n_labels, start, seed, name) for name in ARTIFACTS]
     return cells
 
