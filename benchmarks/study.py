@@ -428,6 +428,24 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
     return cells
 
 
+def collect_pretraining(study: Study, args: argparse.Namespace) -> list[dict]:
+    """Last validation of the complete pretrainings, each arm's mean, lowest and highest over its seeds."""
+    summary = []
+    for arm in args.arms:
+        seeds = [seed for seed in args.seeds if study.pretrain(arm, seed).complete()]
+        last = []
+        for seed in seeds:
+            with (study.work_dir / "pretrain" / f"{arm}_{seed}" / "history.csv").open(newline="") as file:
+                last.append(list(csv.DictReader(file))[-1])
+        line: dict[str, object] = {"arm": arm, "seeds": len(seeds)}
+        for name in ("masked_error", "high_frequency_error", "ssim") if seeds else ():
+            values = [float(row[name]) for row in last]
+            figures = {name: sum(values) / len(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+            line |= {key: round(value, 4) for key, value in figures.items()}
+        summary += [line] if seeds else []
+    return summary
+
+
 def collect(study: Study, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Mean Dice of every test subject in the complete runs: on the scans as they are, and on those with artifacts."""
     clean, robust = [], []
@@ -533,6 +551,8 @@ def statistics(name: str, values: np.ndarray, digits: int, corrected: float | No
 
 def report(study: Study, args: argparse.Namespace) -> None:
     """Tables and pictures of what is complete."""
+    if pretrained := collect_pretraining(study, args):
+        publish(pretrained, "study_pretraining.csv")
     clean, robust = collect(study, args)
     restored = collect_restoration(study)
     if clean:

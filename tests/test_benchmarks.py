@@ -152,3 +152,17 @@ def test_the_reduced_matrix_is_part_of_the_full_one(tmp_path):
         assert len(set(names)) == len(names) and set(names) <= {cell.name for cell in full[stage]}
         assert not any(cell.complete() for cell in reduced[stage])
     assert len(full["segment"]) == 3 * 2 * 3 * (1 + len(study.ARMS) + len(study.PEERS))
+
+
+def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
+    (tmp_path / "manifest.csv").write_text("file,split\n")
+    of = study.Study(tmp_path, tmp_path / "work", jobs=2)
+    args = study.argparse.Namespace(arms=["random", "hints"], seeds=[0, 1, 2])
+    columns = "epoch,masked_error,high_frequency_error,ssim"
+    for seed, epoch, error in ((0, study.EPOCHS, 0.2), (1, study.EPOCHS, 0.4), (2, study.EPOCHS - 1, 0.9)):
+        run = tmp_path / "work" / "pretrain" / f"random_{seed}"
+        run.mkdir(parents=True)
+        (run / "history.csv").write_text(f"{columns}\n1,0.8,0.8,0.1\n{epoch},{error},0.5,0.6\n")
+    (line,) = study.collect_pretraining(of, args)
+    assert line["arm"] == "random" and line["seeds"] == 2
+    assert (line["masked_error"], line["masked_error_low"], line["masked_error_high"]) == (0.3, 0.2, 0.4)
