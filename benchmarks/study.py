@@ -71,14 +71,16 @@ PEERS = {
     "unetr": {"brain_structures": 1.6, "hippocampus": 2.7},
 }
 STAGES = ("pretrain", "segment", "restore", "robustness", "report")
-MAIN = ("scratch", "random", "scheduled")  # with every number of labels
+MAIN = ("scratch", *LONG)  # with every number of labels
 ROBUSTNESS = ("brain_structures", 110)  # what the scans with artifacts are segmented by
-ROBUST_ARMS = ("random", "scheduled")
 #: differences that are reported; True: primary, they count in the correction for the number of comparisons
 COMPARISONS = (
-    ("scheduled", "scratch", True),
-    ("scheduled", "random", True),
+    ("scheduled_long", "scratch", True),
+    ("scheduled_long", "random_long", True),
+    ("random_long", "scratch", False),
     ("random", "scratch", False),
+    ("scheduled", "scratch", False),
+    ("scheduled", "random", False),
     ("hard", "random", False),
     ("constant", "random", False),
     ("hints", "random", False),
@@ -87,7 +89,6 @@ COMPARISONS = (
     ("scheduled_clean", "random_clean", False),
     ("random_long", "random", False),
     ("scheduled_long", "scheduled", False),
-    ("scheduled_long", "random_long", False),
 )
 N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
 TASKS = {
@@ -98,14 +99,14 @@ TASKS = {
         "steps": 600,
         "labels": (5, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
-        "few": (*MAIN, *LONG),
+        "few": (*MAIN, "random", "scheduled"),
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
         "batch": 4,
         "steps": 400,
         "labels": (10, 50, 126),
-        "few": ("scratch", *(arm for arm in ARMS if arm not in LONG)),
+        "few": ("scratch", *ARMS),
         "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
     },
 }
@@ -423,7 +424,7 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
             cells["restore"] += [study.restore(task, start, seed) for start in starts]
         task, n_labels = ROBUSTNESS
         for start in ("scratch", *arms) if every else ():
-            if args.full or start in ("scratch", *ROBUST_ARMS):
+            if args.full or start in MAIN:
                 cells["robustness"] += [study.robustness(task, n_labels, start, seed, name) for name in ARTIFACTS]
     return cells
 
@@ -575,7 +576,9 @@ def report(study: Study, args: argparse.Namespace) -> None:
         ]
         every = [{**row, "artifact": "mean of all"} for row in mean_over(losses, "artifact", "dice")]
         write_csv(RESULTS / "study_robustness.csv", robust)
-        summary = compare([*losses, *every], ["task", "n_labels", "artifact"], len(ROBUST_ARMS))
+        summary = compare(
+            [*losses, *every], ["task", "n_labels", "artifact"], sum(is_primary for *_, is_primary in COMPARISONS)
+        )
         publish(summary, "study_robustness_summary.csv")
 
 

@@ -85,10 +85,10 @@ def test_differences_are_paired_over_seeds_and_subjects():
     rows = [
         {"task": "t", "n_labels": 10, "start": start, "seed": seed, "subject": subject, "dice": dice + gain}
         for (seed, subject), dice in base.items()
-        for start, gain in (("scratch", 0.0), ("random", 0.0), ("scheduled", 0.01))
+        for start, gain in (("scratch", 0.0), ("random", 0.0), ("scheduled_long", 0.01))
     ]
     lines = {line["arm"]: line for line in study.compare(rows[::-1], ["task", "n_labels"], primary=2)}
-    difference = lines["scheduled - scratch"]
+    difference = lines["scheduled_long - scratch"]
     assert difference["mean"] == difference["low"] == difference["high_corrected"] == 0.01  # no spread of its own
     assert lines["scratch"]["high"] - lines["scratch"]["low"] > 0.02
     assert "low_corrected" not in lines["random - scratch"]  # not a primary comparison
