@@ -58,7 +58,7 @@ ARMS: dict[str, tuple[list[str], float]] = {
     "scheduled_long": (["--beta", "0.5"], 7.5),
 }
 LONG = ("random_long", "scheduled_long")  # pretrained with seed 0 alone; fine-tuned with every seed
-ONCE = ("hard", "constant", "hints")  # in the reduced matrix with seed 0 alone, as the peers and the robustness are
+ONCE = ("hard", "constant", "hints")  # in the reduced matrix with seed 0 alone, as the peers are
 PRETRAINING = (
     {"training": ["train"], "validation": ["val"]},
     ["heads/", "brain_structures/images/"],
@@ -72,7 +72,7 @@ PEERS = {
 }
 STAGES = ("pretrain", "segment", "restore", "robustness", "report")
 MAIN = ("scratch", *LONG)  # with every number of labels
-ROBUSTNESS = ("brain_structures", 110)  # what the scans with artifacts are segmented by
+ROBUSTNESS = ("hippocampus", 126)  # what the scans with artifacts are segmented by
 #: differences that are reported; True: primary, they count in the correction for the number of comparisons
 COMPARISONS = (
     ("scheduled_long", "scratch", True),
@@ -423,7 +423,7 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
             starts += RESTORATION_PEERS if every else ()
             cells["restore"] += [study.restore(task, start, seed) for start in starts]
         task, n_labels = ROBUSTNESS
-        for start in ("scratch", *arms) if every else ():
+        for start in ("scratch", *arms):
             if args.full or start in MAIN:
                 cells["robustness"] += [study.robustness(task, n_labels, start, seed, name) for name in ARTIFACTS]
     return cells
