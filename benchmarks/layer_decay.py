@@ -14,7 +14,7 @@ import csv
 from pathlib import Path
 
 from _common import RESULTS, print_table, write_csv
-from study import ROOT, TASKS, Cell, Study, as_options, epochs_done, run_all
+from study import ROOT, Cell, Study, as_options, epochs_done, run_all
 from train_models import ENCODER
 
 TASK, LABELS, CROPS = "brain_structures", 20, 3
@@ -29,7 +29,7 @@ def fine_tuning(study: Study, start: str, decay: float, seed: int, steps: int) -
 
     def run() -> None:
         options = {
-            "dataset_dir": study.datalist(TASK, TASKS[TASK]["splits"], [f"{TASK}/images/"]),
+            "dataset_dir": study.labelled(TASK),
             "cache_dir": study.work_dir / "cache",
             "seed": seed,
             "pretrained": ENCODER if start == "shipped" else "null",

@@ -90,7 +90,7 @@ COMPARISONS = (
     ("random_long", "random", False),
     ("scheduled_long", "scheduled", False),
 )
-N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
+N_PRIMARY = 18  # the primary two, for 7 fine-tunings of segmentation, denoising and super-resolution
 TASKS = {
     # "few": the arms with the fewest labels in the reduced matrix
     "brain_structures": {
@@ -100,6 +100,16 @@ TASKS = {
         "labels": (5, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
         "few": (*MAIN, "random", "scheduled"),
+    },
+    # four times as long: is it only that the others learn faster?
+    "brain_structures_long": {
+        "data": "brain_structures",
+        "overlays": [],
+        "batch": 1,
+        "steps": 2400,
+        "labels": (5,),
+        "few": MAIN,
+        "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
@@ -266,7 +276,7 @@ class Study:
         epochs = max(1, round(steps / -(-n_labels * crops // setup["batch"])))
 
         def run() -> None:
-            lists = self.datalist(task, setup["splits"], [f"{task}/images/"])
+            lists = self.labelled(task)
             if epochs_done(output) < epochs:
                 options = {
                     "dataset_dir": lists,
@@ -316,6 +326,11 @@ class Study:
 
         return Cell(f"restore {task} {start} {seed}", (output / "quality.csv").is_file, run)
 
+    def labelled(self, task: str) -> Path:
+        """Datalist of a segmentation."""
+        data = TASKS[task].get("data", task)
+        return self.datalist(data, TASKS[task]["splits"], [f"{data}/images/"])
+
     def restoration_list(self, task: str) -> Path:
         """Datalist of what a restoration task is trained on."""
         files = {row["file"] for row in training_scans(self.data_dir, task)}
@@ -337,7 +352,7 @@ class Study:
     def evaluate(self, task: str, overlays: Sequence[str | Path], run: Path, output: Path) -> None:
         """Dice alone on the test subjects of a task."""
         options = {
-            "dataset_dir": self.work_dir / f"{task}.json",
+            "dataset_dir": self.labelled(task),
             "weights": run / "models" / "model.pt",
             "max_pictures": 1,
             "additional_metrics": "{}",
@@ -416,7 +431,7 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
                     wanted = TASKS[task]["few"] if n_labels == fewest else MAIN
                     starts = [start for start in starts if start in wanted]
                 if args.full or (every and n_labels == TASKS[task]["labels"][-1]):
-                    starts += args.peers
+                    starts += [peer for peer in args.peers if task in PEERS[peer]]
                 cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
         for task in RESTORATION:
             starts = ["scratch", *(arm for arm in arms if args.full or arm in MAIN)]
@@ -611,10 +626,12 @@ def plot_labels(summary: Sequence[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(row["task"] for row in summary))
+    tasks = [task for task in dict.fromkeys(row["task"] for row in summary) if len(TASKS[task]["labels"]) > 1]
+    if not tasks:
+        return
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks):
-        for start in dict.fromkeys(row["arm"] for row in summary if " - " not in row["arm"]):
+        for start in EVERY:
             rows = [row for row in summary if row["task"] == task and row["arm"] == start]
             if not rows:
                 continue

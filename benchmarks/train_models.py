@@ -36,7 +36,16 @@ MODELS = {
     "hippocampus": (
         "train",
         ["hippocampus"],
-        [{"epochs": 60, "crops_per_scan": 1, "batch_size": 4, "val_interval": 10}],
+        [
+            {
+                "epochs": 60,
+                "crops_per_scan": 1,
+                "batch_size": 4,
+                "val_interval": 10,
+                "layer_decay": 0.75,
+                "max_val_scans": 52,
+            }
+        ],
     ),
     "denoising": ("train", ["denoising"], [{"epochs": 36, "val_interval": 9}]),
     "super_resolution": (
@@ -52,7 +61,7 @@ def datalist(study: Study, model: str) -> Path:
     if model == "pretrained":
         return study.datalist("pretrain", *PRETRAINING)
     if model in TASKS:
-        return study.datalist(model, TASKS[model]["splits"], [f"{model}/images/"])
+        return study.labelled(model)
     return study.restoration_list(model)
 
 
@@ -69,8 +78,8 @@ def main() -> None:
         trained = ENCODER
         for stage, options in enumerate(stages, start=1):
             output = study.work_dir / (model if stage == 1 else f"{model}_{stage}")
-            options = {"dataset_dir": datalist(study, model), **options}
-            options |= {} if workflow == "pretrain" else {"pretrained": trained, "max_val_scans": 5}
+            start = {} if workflow == "pretrain" else {"pretrained": trained, "max_val_scans": 5}
+            options = {"dataset_dir": datalist(study, model), **start, **options}
             print(f"{model}, stage {stage} of {len(stages)}: see {output / f'{workflow}.log'}", flush=True)
             study.bundle("training", workflow, overlays, as_options(options), output)
             trained = output / "models" / ("pretrained/encoder.pt" if model == "pretrained" else "model.pt")

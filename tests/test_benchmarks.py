@@ -151,7 +151,8 @@ def test_the_reduced_matrix_is_part_of_the_full_one(tmp_path):
         names = [cell.name for cell in reduced[stage]]
         assert len(set(names)) == len(names) and set(names) <= {cell.name for cell in full[stage]}
         assert not any(cell.complete() for cell in reduced[stage])
-    assert len(full["segment"]) == 3 * 2 * 3 * (1 + len(study.ARMS) + len(study.PEERS))
+    arms = 1 + len(study.ARMS)
+    assert len(full["segment"]) == 3 * (2 * 3 * (arms + len(study.PEERS)) + arms)
 
 
 def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
