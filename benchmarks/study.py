@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 from _common import RESULTS, print_table, write_csv
 from _restoration import training_scans
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "benchmarks" / "configs"
@@ -90,26 +91,17 @@ COMPARISONS = (
     ("random_long", "random", False),
     ("scheduled_long", "scheduled", False),
 )
-N_PRIMARY = 18  # the primary two, for 7 fine-tunings of segmentation, denoising and super-resolution
+N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
+SEEDS = (0, 1, 2)
 TASKS = {
-    # "few": the arms with the fewest labels in the reduced matrix
+    # crops a step, steps, numbers of labelled subjects; "few": the arms with the fewest in the reduced matrix
     "brain_structures": {
         "overlays": [],
-        "batch": 1,
-        "steps": 600,
+        "batch": 2,
+        "steps": 800,
         "labels": (5, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
-        "few": (*MAIN, "random", "scheduled"),
-    },
-    # four times as long: is it only that the others learn faster?
-    "brain_structures_long": {
-        "data": "brain_structures",
-        "overlays": [],
-        "batch": 1,
-        "steps": 2400,
-        "labels": (5,),
         "few": MAIN,
-        "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
@@ -127,7 +119,10 @@ RESTORATION = {
         {"epochs": 4, "crops_per_scan": 8},
         ["--levels", "0.01", "0.05", "0.09", "0.15", "--peers", "--region", "48", "48", "40"],
     ),
-    "super_resolution": ({"epochs": 3, "crops_per_scan": 64}, ["--region", "64", "64", "40"]),
+    "super_resolution": (
+        {"epochs": 3, "crops_per_scan": 64},
+        ["--degradations", "isotropic x2", "isotropic x4", "--region", "64", "64", "40"],
+    ),
 }
 #: peers of the restoration: time of a step over ours, which divides the number of crops a scan, of which one is left
 RESTORATION_PEERS = {
@@ -162,6 +157,8 @@ RESCALING = {
     "b_max": 1.0,
     "clip": True,
 }
+#: the artifacts of a scan are the same for every network
+ARTIFACT_OVERLAY = {"+initialize": ["$monai.utils.set_determinism(seed=0)"]}
 
 
 @dataclass(frozen=True)
@@ -328,8 +325,7 @@ class Study:
 
     def labelled(self, task: str) -> Path:
         """Datalist of a segmentation."""
-        data = TASKS[task].get("data", task)
-        return self.datalist(data, TASKS[task]["splits"], [f"{data}/images/"])
+        return self.datalist(task, TASKS[task]["splits"], [f"{task}/images/"])
 
     def restoration_list(self, task: str) -> Path:
         """Datalist of what a restoration task is trained on."""
@@ -344,7 +340,7 @@ class Study:
         def run() -> None:
             overlay = self.work_dir / "artifacts" / f"{artifact}.json"
             overlay.parent.mkdir(parents=True, exist_ok=True)
-            overlay.write_text(json.dumps({"+preprocessing": [ARTIFACTS[artifact], RESCALING]}))
+            overlay.write_text(json.dumps(ARTIFACT_OVERLAY | {"+preprocessing": [ARTIFACTS[artifact], RESCALING]}))
             self.evaluate(task, [*TASKS[task]["overlays"], overlay], output, target)
 
         return Cell(f"robustness {task} {n_labels} {start} {seed} {artifact}", (target / "metrics.csv").is_file, run)
@@ -364,10 +360,16 @@ class Study:
         return self.work_dir / f"{task}_{TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
 
     def encoder(self, arm: str, seed: int) -> Path | str:
-        """Where the pretraining of an arm leaves its encoder; ``null`` for what is none: scratch, and the peers."""
+        """Where the pretraining of an arm left its encoder; ``null`` for what is none: scratch, and the peers.
+
+        Raises:
+            RuntimeError: if the pretraining is not complete.
+        """
         if arm not in ARMS:
             return "null"
         seed = 0 if arm in LONG else seed
+        if not (pretraining := self.pretrain(arm, seed)).complete():
+            raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --arms {arm} --seeds {seed}")
         return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
 
 
@@ -385,8 +387,9 @@ def epochs_done(output: Path) -> int:
         return max((int(float(row["epoch"])) for row in csv.DictReader(file)), default=0)
 
 
-def run_all(cells: Sequence[Cell], jobs: int) -> None:
-    """The cells that are not complete, ``jobs`` at a time; one that fails is named and does not stop the others."""
+def run_all(cells: Sequence[Cell], jobs: int) -> list[str]:
+    """The cells that are not complete, ``jobs`` at a time; one that fails does not stop the others. Gives back the
+    names of those."""
     left = [cell for cell in cells if not cell.complete()]
     print(f"{len(cells) - len(left)} of {len(cells)} runs are complete", flush=True)
     lock, failed, start = threading.Lock(), [], time.perf_counter()
@@ -407,8 +410,7 @@ def run_all(cells: Sequence[Cell], jobs: int) -> None:
     done: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, left))
-    if failed:
-        raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}")
+    return failed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,10 +421,11 @@ def run_all(cells: Sequence[Cell], jobs: int) -> None:
 def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
     """The runs of every stage, in the order of the protocol: all of one seed before the next."""
     cells: dict[str, list[Cell]] = {stage: [] for stage in STAGES}
+    cells["pretrain"] += [study.pretrain(arm, 0) for arm in args.arms if arm in LONG]
     for seed in args.seeds:
         every = args.full or seed == 0
         arms = [arm for arm in args.arms if every or arm not in ONCE]
-        cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if seed == 0 or arm not in LONG]
+        cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if arm not in LONG]
         for task in args.tasks:
             fewest, *more = TASKS[task]["labels"]
             for n_labels in (fewest, *more):
@@ -431,14 +434,14 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
                     wanted = TASKS[task]["few"] if n_labels == fewest else MAIN
                     starts = [start for start in starts if start in wanted]
                 if args.full or (every and n_labels == TASKS[task]["labels"][-1]):
-                    starts += [peer for peer in args.peers if task in PEERS[peer]]
+                    starts += args.peers
                 cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
         for task in RESTORATION:
             starts = ["scratch", *(arm for arm in arms if args.full or arm in MAIN)]
             starts += RESTORATION_PEERS if every else ()
             cells["restore"] += [study.restore(task, start, seed) for start in starts]
         task, n_labels = ROBUSTNESS
-        for start in ("scratch", *arms):
+        for start in ("scratch", *arms) if task in args.tasks else ():
             if args.full or start in MAIN:
                 cells["robustness"] += [study.robustness(task, n_labels, start, seed, name) for name in ARTIFACTS]
     return cells
@@ -474,7 +477,7 @@ def collect(study: Study, args: argparse.Namespace) -> tuple[list[dict], list[di
                     rows = [row for row in csv.DictReader(file) if row["structure"] == "mean"]
                 here = {"task": task, "n_labels": int(n_labels), "start": start, "seed": int(seed)}
                 for row in rows:
-                    line = {**here, "subject": row["subject"], "dice": float(row["dice"])}
+                    line = {**here, "subject": row["name"], "dice": float(row["dice"])}
                     if artifact:
                         robust.append({"artifact": artifact, **line})
                     else:
@@ -503,21 +506,38 @@ def collect_restoration(study: Study) -> list[dict]:
     return lines
 
 
-def table_of(rows: Sequence[dict], score: str, **wanted: object) -> np.ndarray:
-    """Scores ``(seeds, subjects)`` of the rows with these entries, seeds and subjects in order."""
-    rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    seeds, subjects = sorted({row["seed"] for row in rows}), sorted({row["subject"] for row in rows})
-    place = {(row["seed"], row["subject"]): row[score] for row in rows}
-    return np.array([[place[seed, subject] for subject in subjects] for seed in seeds]).reshape(len(seeds), -1)
+def tables_of(rows: Sequence[dict], score: str) -> dict[str, dict[tuple[int, str], float]]:
+    """Score of each arm by seed and subject."""
+    tables: dict[str, dict[tuple[int, str], float]] = {}
+    for row in rows:
+        tables.setdefault(row["start"], {})[row["seed"], row["subject"]] = row[score]
+    return tables
 
 
-def interval(values: np.ndarray, confidence: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
+def as_array(*tables: dict[tuple[int, str], float]) -> tuple[np.ndarray, set[int]]:
+    """Scores ``(tables, seeds, subjects)`` of the seeds that all tables have, and these seeds.
+
+    Raises:
+        ValueError: if their subjects differ.
+    """
+    seeds = set.intersection(*({seed for seed, _ in table} for table in tables))
+    subjects = {tuple(sorted(subject for at, subject in table if at == seed)) for table in tables for seed in seeds}
+    if len(subjects) > 1:
+        raise ValueError(f"runs have other subjects than others: {', '.join(sorted(set().union(*subjects)))}")
+    order = next(iter(subjects), ())
+    return np.array(
+        [[[table[seed, subject] for subject in order] for seed in sorted(seeds)] for table in tables]
+    ), seeds
+
+
+def interval(values: np.ndarray, confidence: float = 0.95, draws: int = 100_000) -> tuple[float, float]:
     """Bootstrap interval of the mean of ``(seeds, subjects)``: both are drawn anew, with replacement."""
     rng = np.random.default_rng(0)
     n_seeds, n_subjects = values.shape
-    means = np.empty(draws)
-    for i in range(draws):
-        means[i] = values[rng.integers(n_seeds, size=n_seeds)][:, rng.integers(n_subjects, size=n_subjects)].mean()
+    # a draw is how often each seed and each subject is in it
+    seeds = rng.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws) / n_seeds
+    subjects = rng.multinomial(n_subjects, [1 / n_subjects] * n_subjects, size=draws) / n_subjects
+    means = np.einsum("ds,sp,dp->d", seeds, values, subjects, optimize=True)
     tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
@@ -538,30 +558,32 @@ def compare(
     summary = []
     for group in sorted({tuple(row[column] for column in columns) for row in rows}):
         here = dict(zip(columns, group, strict=True))
-        tables = {
-            start: table_of(rows, score, start=start, **here) for start in dict.fromkeys(row["start"] for row in rows)
-        }
-        tables = {start: table for start, table in tables.items() if table.size}
-
-        order = [start for start in EVERY if start in tables]
-        summary += [{**here, **statistics(start, tables[start], digits)} for start in order]
+        tables = tables_of([row for row in rows if here.items() <= row.items()], score)
+        for start in EVERY:
+            if start in tables:
+                summary.append({**here, **statistics(start, as_array(tables[start])[0][0], digits)})
         for first, second, is_primary in COMPARISONS:
             if first in tables and second in tables:
-                n = min(len(tables[first]), len(tables[second]))  # seeds that both have
-                difference = tables[first][:n] - tables[second][:n]
-                corrected = 1 - 0.05 / primary if is_primary and primary else None
-                summary.append({**here, **statistics(f"{first} - {second}", difference, digits, corrected)})
+                (values, reference), seeds = as_array(tables[first], tables[second])
+                if seeds:
+                    corrected = 1 - 0.05 / primary if is_primary and primary and seeds >= set(SEEDS) else None
+                    difference = statistics(f"{first} - {second}", values - reference, digits, corrected)
+                    summary.append({**here, **difference})
     return summary
 
 
 def statistics(name: str, values: np.ndarray, digits: int, corrected: float | None = None) -> dict:
-    """Mean of ``(seeds, subjects)``, its interval and the one at the confidence ``corrected``, each seed's mean."""
+    """Mean of ``(seeds, subjects)`` and its interval, each seed's mean; with a confidence ``corrected`` the interval at
+    that confidence, too, and the 95 % interval by the means of the seeds alone (t distribution)."""
     columns = {"mean": values.mean()}
     columns["low"], columns["high"] = interval(values)
+    by_seed = values.mean(axis=1)
     if corrected is not None:
         columns["low_corrected"], columns["high_corrected"] = interval(values, corrected)
+        margin = stats.t.ppf(0.975, len(by_seed) - 1) * stats.sem(by_seed)
+        columns["low_of_seeds"], columns["high_of_seeds"] = values.mean() - margin, values.mean() + margin
     counts = {"arm": name, "seeds": values.shape[0], "subjects": values.shape[1]}
-    means = " ".join(f"{value:.{digits}f}" for value in values.mean(axis=1))
+    means = " ".join(f"{value:.{digits}f}" for value in by_seed)
     return {**counts, **{k: round(float(v), digits) for k, v in columns.items()}, "of_each_seed": means}
 
 
@@ -586,14 +608,13 @@ def report(study: Study, args: argparse.Namespace) -> None:
         # the loss of each subject against its own scan without the artifact
         before = {(r["task"], r["n_labels"], r["start"], r["seed"], r["subject"]): r["dice"] for r in clean}
         losses = [
-            {**r, "dice": r["dice"] - before[r["task"], r["n_labels"], r["start"], r["seed"], r["subject"]]}
-            for r in robust
+            {**row, "dice": row["dice"] - before[scan]}
+            for row in robust
+            if (scan := (row["task"], row["n_labels"], row["start"], row["seed"], row["subject"])) in before
         ]
         every = [{**row, "artifact": "mean of all"} for row in mean_over(losses, "artifact", "dice")]
         write_csv(RESULTS / "study_robustness.csv", robust)
-        summary = compare(
-            [*losses, *every], ["task", "n_labels", "artifact"], sum(is_primary for *_, is_primary in COMPARISONS)
-        )
+        summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         publish(summary, "study_robustness_summary.csv")
 
 
@@ -626,9 +647,7 @@ def plot_labels(summary: Sequence[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = [task for task in dict.fromkeys(row["task"] for row in summary) if len(TASKS[task]["labels"]) > 1]
-    if not tasks:
-        return
+    tasks = list(dict.fromkeys(row["task"] for row in summary))
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks):
         for start in EVERY:
@@ -662,18 +681,20 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--full", action="store_true", help="every arm with every number of labels")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
     study = Study(args.data_dir, args.work_dir, args.jobs)
-    cells = matrix(study, args)
+    cells, failed = matrix(study, args), []
     for stage in args.stages:
         if stage != "report":
             print(f"{stage}:", flush=True)
-            run_all(cells[stage], args.jobs)
+            failed += run_all(cells[stage], args.jobs)
     if "report" in args.stages:
         report(study, args)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from sspformer.evaluation import EvaluationReport
 from sspformer.kspace import fourier_resample
 from sspformer.networks import MaskedAutoencoder
 from sspformer.networks.dense import noise_level
@@ -94,6 +96,53 @@ def test_differences_are_paired_over_seeds_and_subjects():
     assert "low_corrected" not in lines["random - scratch"]  # not a primary comparison
 
 
+def test_seeds_are_paired_by_name_and_only_a_complete_comparison_counts():
+    def rows(start, seeds, gain):
+        return [
+            {"task": "t", "start": start, "seed": seed, "subject": subject, "dice": 0.1 * seed + gain}
+            for seed in seeds
+            for subject in "ab"
+        ]
+
+    some = rows("scratch", (0, 1, 2), 0.0) + rows("scheduled_long", (0, 2), 0.01)
+    difference = study.compare(some, ["task"], primary=2)[-1]
+    assert difference["seeds"] == 2 and difference["low"] == difference["high"] == 0.01
+    assert "low_corrected" not in difference
+    every = some + rows("scheduled_long", (1,), 0.04)
+    difference = study.compare(every, ["task"], primary=2)[-1]
+    assert difference["mean"] == 0.02 and difference["low_corrected"] == 0.01
+    assert difference["low_of_seeds"] == pytest.approx(0.02 - 4.303 * 0.01, abs=1e-4)  # t with 2 degrees of freedom
+    with pytest.raises(ValueError, match="subjects"):
+        study.compare([row for row in every if (row["seed"], row["subject"]) != (1, "b")], ["task"], primary=2)
+
+
+def test_the_scores_of_an_evaluation_are_collected_with_and_without_artifacts(tmp_path):
+    (tmp_path / "manifest.csv").write_text("file,split\n")
+    of = study.Study(tmp_path, tmp_path / "work", jobs=2)
+    for folder, dice in (("evaluation", 0.9), ("evaluation_low resolution", 0.6)):
+        report = EvaluationReport(
+            of.run_of("hippocampus", 126, "scheduled_long", 1) / folder, ["anterior", "posterior"]
+        )
+        report.names, report.drawn = ["a"], [{}]
+        report(SimpleNamespace(state=SimpleNamespace(metric_details={"dice": torch.tensor([[dice, dice]])})))
+    clean, robust = study.collect(of, study.argparse.Namespace(tasks=["hippocampus"]))
+    assert len(clean) == len(robust) == 1 and robust[0]["artifact"] == "low resolution"
+    assert clean[0]["dice"] == pytest.approx(0.9) and clean[0]["subject"] == "a" and clean[0]["n_labels"] == 126
+    assert (clean[0]["start"], clean[0]["seed"]) == ("scheduled_long", 1)
+
+
+def test_no_run_starts_from_an_encoder_that_is_still_learning(tmp_path):
+    (tmp_path / "manifest.csv").write_text("file,split\n")
+    of = study.Study(tmp_path, tmp_path / "work", jobs=2)
+    run = tmp_path / "work" / "pretrain" / "random_1"
+    run.mkdir(parents=True)
+    (run / "history.csv").write_text(f"epoch\n{study.EPOCHS - 1}\n")
+    with pytest.raises(RuntimeError, match="random 1 is not complete"):
+        of.encoder("random", 1)
+    (run / "history.csv").write_text(f"epoch\n{study.EPOCHS}\n")
+    assert of.encoder("random", 1).parts[-4] == "random_1" and of.encoder("scratch", 1) == "null"
+
+
 def test_the_gain_of_restoration_is_over_the_degraded_image_and_a_subject_counts_once(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
     of = study.Study(tmp_path, tmp_path, jobs=2)
@@ -151,8 +200,7 @@ def test_the_reduced_matrix_is_part_of_the_full_one(tmp_path):
         names = [cell.name for cell in reduced[stage]]
         assert len(set(names)) == len(names) and set(names) <= {cell.name for cell in full[stage]}
         assert not any(cell.complete() for cell in reduced[stage])
-    arms = 1 + len(study.ARMS)
-    assert len(full["segment"]) == 3 * (2 * 3 * (arms + len(study.PEERS)) + arms)
+    assert len(full["segment"]) == 3 * 2 * 3 * (1 + len(study.ARMS) + len(study.PEERS))
 
 
 def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
