@@ -1,7 +1,8 @@
 """The study: does the pretraining help, and do its masks and its noise? Protocol and results: bundle/docs/STUDY.md.
 
 Runs the bundle's own workflows, as users do, and says what it is doing; a complete run is not repeated, a killed one
-goes on where it stopped:
+goes on where it stopped. A run is known by its folder, which has the arm, labels, steps and seed in its name: who
+changes another setting in this file removes the folders that it concerns.
 
     python benchmarks/study.py --data_dir ../shared/data
 
