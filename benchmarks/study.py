@@ -131,7 +131,7 @@ RESTORATION_PEERS = {
     "restormer": {"denoising": 13.4, "super_resolution": 12.9},
 }
 
-EVERY = ("scratch", *ARMS, *PEERS, *RESTORATION_PEERS)  # the order of the tables
+EVERY = ("scratch", *ARMS, *PEERS, *RESTORATION_PEERS, "cubic")  # the order of the tables
 
 #: artifacts of the test scans; those of TorchIO are made otherwise than any that our training draws
 ARTIFACTS = {
@@ -494,15 +494,15 @@ def collect_restoration(study: Study) -> list[dict]:
             start, seed = file.parent.name.rsplit("_", 1)
             with file.open(newline="") as csv_file:
                 rows = list(csv.DictReader(csv_file))
-            gains: dict[tuple[str, str], list[float]] = {}
+            gains: dict[tuple[str, str, str], list[float]] = {}
             key = "level" if task == "denoising" else "degradation"
             before = {(r["scan"], r[key]): r for r in rows if r["method"] in ("input", "zero-filled")}
             for row in rows:
-                if row["method"] == start:
+                if row["method"] == start or (row["method"] == "cubic" and start == "scratch"):  # every file has it
                     gain = float(row["psnr"]) - float(before[row["scan"], row[key]]["psnr"])
-                    gains.setdefault((row[key], row["subject"]), []).append(gain)
-            for (degradation, subject), values in gains.items():
-                here = {"task": task, "degradation": degradation, "start": start, "seed": int(seed)}
+                    gains.setdefault((row["method"], row[key], row["subject"]), []).append(gain)
+            for (method, degradation, subject), values in gains.items():
+                here = {"task": task, "degradation": degradation, "start": method, "seed": int(seed)}
                 lines.append({**here, "subject": subject, "gain": sum(values) / len(values)})
     return lines
 
