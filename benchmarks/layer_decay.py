@@ -14,10 +14,10 @@ import csv
 from pathlib import Path
 
 from _common import RESULTS, print_table, write_csv
-from study import ROOT, Cell, Study, as_options, epochs_done, run_all
+from study import ROOT, TASKS, Cell, Study, as_options, epochs_done, run_all
 from train_models import ENCODER
 
-TASK, LABELS, CROPS = "brain_structures", 20, 3
+TASK, LABELS, CROPS, BATCH = "brain_structures", 20, 5, 2
 #: what the weights start from, layer decay
 RUNS = (("scratch", 1.0), *(("shipped", decay) for decay in (1.0, 0.75, 0.5, 0.25)))
 
@@ -25,7 +25,7 @@ RUNS = (("scratch", 1.0), *(("shipped", decay) for decay in (1.0, 0.75, 0.5, 0.2
 def fine_tuning(study: Study, start: str, decay: float, seed: int, steps: int) -> tuple[Cell, Path]:
     """A run, and its output folder."""
     output = study.work_dir / "layer_decay" / f"{start}_{decay}_{seed}_{steps}"
-    epochs = steps // (LABELS * CROPS)
+    epochs = steps * BATCH // (LABELS * CROPS)
 
     def run() -> None:
         options = {
@@ -36,7 +36,7 @@ def fine_tuning(study: Study, start: str, decay: float, seed: int, steps: int) -
             "layer_decay": decay,
             "max_subjects": LABELS,
             "crops_per_scan": CROPS,
-            "batch_size": 1,
+            "batch_size": BATCH,
             "epochs": epochs,
             "val_interval": epochs,
             "max_val_scans": 5,
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of manifest.csv")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "study", help="folder of the study's runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=TASKS[TASK]["steps"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
     study = Study(args.data_dir, args.work_dir, args.jobs)
