@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from _restoration import BUNDLE
+from _restoration import BUNDLE, DATA
 from monai.bundle import create_workflow
 from monai.transforms import LoadImage
 
@@ -31,7 +31,7 @@ HEADS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, default=BUNDLE.parents[1] / "shared" / "data", help="folder of heads/")
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of heads/")
     parser.add_argument("--output", type=Path, default=BUNDLE / "docs" / "other_heads.png")
     args = parser.parse_args()
     load = LoadImage(image_only=True, ensure_channel_first=True)

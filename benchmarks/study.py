@@ -35,11 +35,8 @@ from pathlib import Path
 
 import numpy as np
 from _common import RESULTS, print_table, write_csv
-from _restoration import training_scans
+from _restoration import CONFIGS, DATA, ROOT, training_scans
 from scipy import stats
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "benchmarks" / "configs"
 
 
 def torchio(name: str, **options) -> dict[str, object]:
@@ -453,16 +450,18 @@ def collect_pretraining(study: Study, args: argparse.Namespace) -> list[dict]:
     summary = []
     for arm in args.arms:
         seeds = [seed for seed in args.seeds if study.pretrain(arm, seed).complete()]
+        if not seeds:
+            continue
         last = []
         for seed in seeds:
             with (study.work_dir / "pretrain" / f"{arm}_{seed}" / "history.csv").open(newline="") as file:
                 last.append(list(csv.DictReader(file))[-1])
         line: dict[str, object] = {"arm": arm, "seeds": len(seeds)}
-        for name in ("masked_error", "high_frequency_error", "ssim") if seeds else ():
+        for name in ("masked_error", "high_frequency_error", "ssim"):
             values = [float(row[name]) for row in last]
             figures = {name: sum(values) / len(values), f"{name}_low": min(values), f"{name}_high": max(values)}
             line |= {key: round(value, 4) for key, value in figures.items()}
-        summary += [line] if seeds else []
+        summary.append(line)
     return summary
 
 
@@ -676,7 +675,7 @@ def plot_labels(summary: Sequence[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of manifest.csv")
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of manifest.csv")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "study", help="folder of the runs")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
