@@ -14,10 +14,10 @@ import csv
 from pathlib import Path
 
 from _common import RESULTS, print_table, write_csv
-from study import ROOT, TASKS, Cell, Study, as_options, epochs_done, run_all
+from study import DATA, ROOT, TASKS, Cell, Study, epochs_done, run_all, schedule
 from train_models import ENCODER
 
-TASK, LABELS, CROPS, BATCH = "brain_structures", 20, 5, 2
+TASK, LABELS = "brain_structures", 20
 #: what the weights start from, layer decay
 RUNS = (("scratch", 1.0), *(("shipped", decay) for decay in (1.0, 0.75, 0.5, 0.25)))
 
@@ -25,23 +25,11 @@ RUNS = (("scratch", 1.0), *(("shipped", decay) for decay in (1.0, 0.75, 0.5, 0.2
 def fine_tuning(study: Study, start: str, decay: float, seed: int, steps: int) -> tuple[Cell, Path]:
     """A run, and its output folder."""
     output = study.work_dir / "layer_decay" / f"{start}_{decay}_{seed}_{steps}"
-    epochs = steps * BATCH // (LABELS * CROPS)
+    options = {"pretrained": ENCODER if start == "shipped" else "null", "layer_decay": decay, "max_val_scans": 5}
+    epochs = schedule(TASK, LABELS, steps)[1]
 
     def run() -> None:
-        options = {
-            "dataset_dir": study.labelled(TASK),
-            "cache_dir": study.work_dir / "cache",
-            "seed": seed,
-            "pretrained": ENCODER if start == "shipped" else "null",
-            "layer_decay": decay,
-            "max_subjects": LABELS,
-            "crops_per_scan": CROPS,
-            "batch_size": BATCH,
-            "epochs": epochs,
-            "val_interval": epochs,
-            "max_val_scans": 5,
-        }
-        study.bundle("training", "train", [], as_options(options), output)
+        study.fine_tune(TASK, LABELS, seed, steps, [], options, output)
 
     return Cell(f"{start}, layer decay {decay}, seed {seed}", lambda: epochs_done(output) >= epochs, run), output
 
@@ -57,7 +45,7 @@ def result(output: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of manifest.csv")
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of manifest.csv")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "study", help="folder of the study's runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=TASKS[TASK]["steps"])

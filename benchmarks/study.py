@@ -70,7 +70,8 @@ PEERS = {
     "unetr": {"brain_structures": 1.6, "hippocampus": 2.7},
 }
 STAGES = ("pretrain", "segment", "restore", "robustness", "report")
-MAIN = ("scratch", *LONG)  # with every number of labels
+MAIN = ("scratch", *LONG)  # on every task; the other arms, in the reduced matrix, on one
+SHORT_TASK = "denoising"
 ROBUSTNESS = ("hippocampus", 126)  # what the scans with artifacts are segmented by
 #: differences that are reported; True: primary, they count in the correction for the number of comparisons
 COMPARISONS = (
@@ -88,34 +89,34 @@ COMPARISONS = (
     ("scheduled_clean", "random_clean", False),
     ("random_long", "random", False),
     ("scheduled_long", "scheduled", False),
+    *((peer, "scratch", False) for peer in (*PEERS, "unet", "restormer", "cubic")),
 )
 N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
 SEEDS = (0, 1, 2)
 TASKS = {
-    # crops a step, steps, numbers of labelled subjects; "few": the arms with the fewest in the reduced matrix
+    # crops a step, steps, numbers of labelled subjects
     "brain_structures": {
         "overlays": [],
         "batch": 2,
         "steps": 800,
         "labels": (5, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
-        "few": MAIN,
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
         "batch": 4,
         "steps": 400,
         "labels": (10, 50, 126),
-        "few": ("scratch", *ARMS),
         "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
     },
 }
 
+LEVELS = (0.01, 0.05, 0.09, 0.15)  # of the Rician noise, of the 99th percentile
 #: restoration: options of the training, an epoch of ours, and of the evaluation
 RESTORATION = {
     "denoising": (
         {"epochs": 4, "crops_per_scan": 8},
-        ["--levels", "0.01", "0.05", "0.09", "0.15", "--peers", "--region", "48", "48", "40"],
+        ["--levels", *map(str, LEVELS), "--peers", "--region", "48", "48", "40"],
     ),
     "super_resolution": (
         {"epochs": 3, "crops_per_scan": 64},
@@ -267,28 +268,40 @@ class Study:
         peer = start in PEERS
         steps = round(setup["steps"] / PEERS[start][task]) if peer else setup["steps"]
         overlays = [*setup["overlays"], *([CONFIGS / f"{start}.json"] if peer else [])]
-        crops = max(1, round(50 * setup["batch"] / n_labels))  # an epoch of about 50 steps, or of a crop a subject
-        epochs = max(1, round(steps / -(-n_labels * crops // setup["batch"])))
 
         def run() -> None:
-            lists = self.labelled(task)
-            if epochs_done(output) < epochs:
-                options = {
-                    "dataset_dir": lists,
-                    "seed": seed,
-                    "pretrained": self.encoder(start, seed),
-                    "batch_size": setup["batch"],
-                    "max_subjects": n_labels,
-                    "crops_per_scan": crops,
-                    "epochs": epochs,
-                    "val_interval": epochs,
-                    "max_val_scans": 4,
-                    "cache_dir": self.work_dir / "cache",
-                }
-                self.bundle("training", "train", overlays, as_options(options), output)
+            options = {"pretrained": self.encoder(start, seed), "max_val_scans": 4}
+            self.fine_tune(task, n_labels, seed, steps, overlays, options, output)
             self.evaluate(task, overlays, output, output / "evaluation")
 
         return Cell(f"segment {task} {n_labels} {start} {seed}", (output / "evaluation" / "metrics.csv").is_file, run)
+
+    def fine_tune(
+        self,
+        task: str,
+        n_labels: int,
+        seed: int,
+        steps: int,
+        overlays: Sequence[str | Path],
+        options: dict[str, object],
+        output: Path,
+    ) -> None:
+        """Trains for a segmentation, about so many steps, and validates at the end."""
+        crops, epochs = schedule(task, n_labels, steps)
+        if epochs_done(output) >= epochs:
+            return
+        options = {
+            "dataset_dir": self.labelled(task),
+            "seed": seed,
+            "batch_size": TASKS[task]["batch"],
+            "max_subjects": n_labels,
+            "crops_per_scan": crops,
+            "epochs": epochs,
+            "val_interval": epochs,
+            "cache_dir": self.work_dir / "cache",
+            **options,
+        }
+        self.bundle("training", "train", overlays, as_options(options), output)
 
     def restore(self, task: str, start: str, seed: int) -> Cell:
         """Training for denoising or super-resolution, from an arm's encoder, from ``scratch``, or of a peer; then PSNR
@@ -376,6 +389,13 @@ def as_options(settings: dict[str, object]) -> list[str]:
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
+def schedule(task: str, n_labels: int, steps: int) -> tuple[int, int]:
+    """Crops a scan, and epochs: an epoch is about 50 steps, or a crop of each subject."""
+    batch = TASKS[task]["batch"]
+    crops = max(1, round(50 * batch / n_labels))
+    return crops, max(1, round(steps / -(-n_labels * crops // batch)))
+
+
 def epochs_done(output: Path) -> int:
     """Epochs that the history of a run has."""
     history = output / "history.csv"
@@ -425,17 +445,13 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
         arms = [arm for arm in args.arms if every or arm not in ONCE]
         cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if arm not in LONG]
         for task in args.tasks:
-            fewest, *more = TASKS[task]["labels"]
-            for n_labels in (fewest, *more):
-                starts = ["scratch", *arms]
-                if not args.full:
-                    wanted = TASKS[task]["few"] if n_labels == fewest else MAIN
-                    starts = [start for start in starts if start in wanted]
+            for n_labels in TASKS[task]["labels"]:
+                starts = [start for start in ("scratch", *arms) if args.full or start in MAIN]
                 if args.full or (every and n_labels == TASKS[task]["labels"][-1]):
                     starts += args.peers
                 cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
         for task in RESTORATION:
-            starts = ["scratch", *(arm for arm in arms if args.full or arm in MAIN)]
+            starts = [start for start in ("scratch", *arms) if args.full or start in MAIN or task == SHORT_TASK]
             starts += RESTORATION_PEERS if every else ()
             cells["restore"] += [study.restore(task, start, seed) for start in starts]
         task, n_labels = ROBUSTNESS
@@ -592,11 +608,13 @@ def report(study: Study, args: argparse.Namespace) -> None:
     if pretrained := collect_pretraining(study, args):
         publish(pretrained, "study_pretraining.csv")
     clean, robust = collect(study, args)
+    summaries: list[dict] = []
     restored = collect_restoration(study)
     if clean:
         write_csv(RESULTS / "study_segmentation.csv", clean)
         summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
         publish(summary, "study_segmentation_summary.csv")
+        summaries += summary
         plot_labels(summary, RESULTS / "study_labels.png")
     if restored:
         write_csv(RESULTS / "study_restoration.csv", restored)
@@ -604,6 +622,7 @@ def report(study: Study, args: argparse.Namespace) -> None:
         summary = compare(every, ["task", "degradation"], N_PRIMARY, "gain", 3)
         summary += compare(restored, ["task", "degradation"], None, "gain", 3)
         publish(summary, "study_restoration_summary.csv")
+        summaries += summary
     if robust:
         # the loss of each subject against its own scan without the artifact
         before = {(r["task"], r["n_labels"], r["start"], r["seed"], r["subject"]): r["dice"] for r in clean}
@@ -616,6 +635,10 @@ def report(study: Study, args: argparse.Namespace) -> None:
         write_csv(RESULTS / "study_robustness.csv", robust)
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         publish(summary, "study_robustness_summary.csv")
+        summaries += summary
+    path = RESULTS / "study.md"
+    path.write_text(tables_in_words(summaries, pretrained))
+    print(f"written to {path}")
 
 
 def publish(summary: Sequence[dict], name: str) -> None:
@@ -638,6 +661,73 @@ def mean_over(rows: Sequence[dict], column: str, score: str) -> list[dict]:
         for group in groups.values()
         if len(group) == wanted[group[0]["task"]]
     ]
+
+
+def tables_in_words(summary: Sequence[dict], pretrained: Sequence[dict]) -> str:
+    """The tables of bundle/docs/STUDY.md, in markdown: a mean, with its 95 % interval where more than one arm is
+    compared, and the number of seeds where it is not three."""
+    restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in LEVELS}}
+    few = {("brain_structures", n): f"17 structures, {n} labelled, Dice" for n in TASKS["brain_structures"]["labels"]}
+    few |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in TASKS["hippocampus"]["labels"]}
+    few |= {("denoising", key): f"denoising, {name}, dB" for key, name in restored.items()}
+    degradations = ("mean of all", "isotropic x2", "isotropic x4")
+    few |= {
+        ("super_resolution", key): f"super-resolution, {key.split()[-1] if 'x' in key else 'mean'}, dB"
+        for key in degradations
+    }
+    robust = [(*ROBUSTNESS, artifact) for artifact in (*ARTIFACTS, "mean of all")]
+    cells = {}
+    for row in summary:
+        group = tuple(row[name] for name in ("task", "n_labels", "degradation", "artifact") if name in row)
+        digits = 2 if row["task"] in RESTORATION else 3
+        text = f"{row['mean']:{'+' if ' - ' in row['arm'] else ''}.{digits}f}"
+        if " - " in row["arm"]:
+            text += f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+        cells[group, row["arm"]] = text + ("" if row["seeds"] == len(SEEDS) else f" ({row['seeds']})")
+
+    def table(title: str, rows: dict, columns: dict, by_arm: bool = False) -> list[str]:
+        """Rows and columns: key of a group, or name of an arm, to what is written."""
+        body = []
+        for row, name in rows.items():
+            line = [cells.get((column, row) if by_arm else (row, column), "") for column in columns]
+            if any(line[not by_arm :]):  # the first arm alone is no comparison
+                body.append([name, *line])
+        return markdown(title, ["", *columns.values()], body)
+
+    def arms(*names: str) -> dict[str, str]:
+        return {name: name.replace("_", ", ") for name in names}
+
+    def against_peers(peers: Collection[str]) -> dict[str, str]:
+        return arms("scratch", *peers, *(f"{peer} - scratch" for peer in peers))
+
+    main = arms(*MAIN, "scheduled_long - scratch", "scheduled_long - random_long")
+    short = [arm for arm in ARMS if arm not in LONG]
+    pairs = [f"{a} - {b}" for a, b, _ in COMPARISONS if a in short]
+    levels = {key: name for key, name in few.items() if key[0] == SHORT_TASK}
+    lines = table("Main arms", few, main)
+    lines += table("Arms of 800 steps", arms("scratch", *short, *pairs), levels, by_arm=True)
+    lines += table("Peers of the segmentation", few, against_peers(PEERS))
+    lines += table("Peers of the restoration", few, against_peers((*RESTORATION_PEERS, "cubic")))
+    lines += table("Robustness", {group: group[-1] for group in robust}, main)
+    names = {
+        "masked_error": "all hidden patches",
+        "high_frequency_error": "quarter with the highest energy",
+        "ssim": "SSIM",
+    }
+    body = [
+        [row["arm"].replace("_", ", "), str(row["seeds"])]
+        + [f"{row[key]:.4f} [{row[f'{key}_low']:.4f}, {row[f'{key}_high']:.4f}]" for key in names]
+        for row in pretrained
+    ]
+    lines += markdown("Pretraining", ["arm", "seeds", *names.values()], body)
+    return "\n".join(lines)
+
+
+def markdown(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A table under its title; nothing where it is empty, in rows or in columns but the first."""
+    keep = [at for at in range(len(header)) if at == 0 or any(row[at] for row in body)]
+    rows = [header, ["---"] * len(header), *body]
+    return [f"## {title}", "", *("| " + " | ".join(row[at] for at in keep) + " |" for row in rows), ""] if body else []
 
 
 def plot_labels(summary: Sequence[dict], path: Path) -> None:

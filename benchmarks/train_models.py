@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from study import PRETRAINING, ROOT, TASKS, Study, as_options
+from study import DATA, PRETRAINING, ROOT, TASKS, Study, as_options
 
 MODELS_DIR = ROOT / "bundle" / "models"
 ENCODER = MODELS_DIR / "pretrained" / "encoder.pt"
@@ -44,7 +44,16 @@ MODELS = {
                 "val_interval": 10,
                 "layer_decay": 0.75,
                 "max_val_scans": 52,
-            }
+            },
+            {
+                "epochs": 60,
+                "crops_per_scan": 1,
+                "batch_size": 4,
+                "val_interval": 10,
+                "layer_decay": 0.75,
+                "learning_rate": 0.001,
+                "max_val_scans": 52,
+            },
         ],
     ),
     "denoising": ("train", ["denoising"], [{"epochs": 36, "val_interval": 9}]),
@@ -67,7 +76,7 @@ def datalist(study: Study, model: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of manifest.csv")
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of manifest.csv")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "models", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="leaves this share of the CPU cores to the training")
