@@ -24,6 +24,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -636,9 +637,9 @@ def report(study: Study, args: argparse.Namespace) -> None:
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         publish(summary, "study_robustness_summary.csv")
         summaries += summary
-    path = RESULTS / "study.md"
-    path.write_text(tables_in_words(summaries, pretrained))
-    print(f"written to {path}")
+    page = ROOT / "bundle" / "docs" / "STUDY.md"
+    page.write_text(with_tables(page.read_text(), page_tables(summaries, pretrained)))
+    print(f"tables written to {page}")
 
 
 def publish(summary: Sequence[dict], name: str) -> None:
@@ -663,9 +664,9 @@ def mean_over(rows: Sequence[dict], column: str, score: str) -> list[dict]:
     ]
 
 
-def tables_in_words(summary: Sequence[dict], pretrained: Sequence[dict]) -> str:
-    """The tables of bundle/docs/STUDY.md, in markdown: a mean, with its 95 % interval where more than one arm is
-    compared, and the number of seeds where it is not three."""
+def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str, str]:
+    """The tables of bundle/docs/STUDY.md, in markdown, by their names there: a mean, the 95 % interval of a difference,
+    and in brackets the number of seeds where it is not three."""
     restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in LEVELS}}
     few = {("brain_structures", n): f"17 structures, {n} labelled, Dice" for n in TASKS["brain_structures"]["labels"]}
     few |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in TASKS["hippocampus"]["labels"]}
@@ -685,14 +686,14 @@ def tables_in_words(summary: Sequence[dict], pretrained: Sequence[dict]) -> str:
             text += f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
         cells[group, row["arm"]] = text + ("" if row["seeds"] == len(SEEDS) else f" ({row['seeds']})")
 
-    def table(title: str, rows: dict, columns: dict, by_arm: bool = False) -> list[str]:
+    def table(rows: dict, columns: dict, by_arm: bool = False) -> str:
         """Rows and columns: key of a group, or name of an arm, to what is written."""
         body = []
         for row, name in rows.items():
             line = [cells.get((column, row) if by_arm else (row, column), "") for column in columns]
             if any(line[not by_arm :]):  # the first arm alone is no comparison
                 body.append([name, *line])
-        return markdown(title, ["", *columns.values()], body)
+        return markdown(["", *columns.values()], body)
 
     def arms(*names: str) -> dict[str, str]:
         return {name: name.replace("_", ", ") for name in names}
@@ -704,11 +705,6 @@ def tables_in_words(summary: Sequence[dict], pretrained: Sequence[dict]) -> str:
     short = [arm for arm in ARMS if arm not in LONG]
     pairs = [f"{a} - {b}" for a, b, _ in COMPARISONS if a in short]
     levels = {key: name for key, name in few.items() if key[0] == SHORT_TASK}
-    lines = table("Main arms", few, main)
-    lines += table("Arms of 800 steps", arms("scratch", *short, *pairs), levels, by_arm=True)
-    lines += table("Peers of the segmentation", few, against_peers(PEERS))
-    lines += table("Peers of the restoration", few, against_peers((*RESTORATION_PEERS, "cubic")))
-    lines += table("Robustness", {group: group[-1] for group in robust}, main)
     names = {
         "masked_error": "all hidden patches",
         "high_frequency_error": "quarter with the highest energy",
@@ -716,18 +712,37 @@ def tables_in_words(summary: Sequence[dict], pretrained: Sequence[dict]) -> str:
     }
     body = [
         [row["arm"].replace("_", ", "), str(row["seeds"])]
-        + [f"{row[key]:.4f} [{row[f'{key}_low']:.4f}, {row[f'{key}_high']:.4f}]" for key in names]
+        + [
+            f"{row[key]:.4f}" + f" [{row[f'{key}_low']:.4f}, {row[f'{key}_high']:.4f}]" * (row["seeds"] > 1)
+            for key in names
+        ]
         for row in pretrained
     ]
-    lines += markdown("Pretraining", ["arm", "seeds", *names.values()], body)
-    return "\n".join(lines)
+    return {
+        "main": table(few, main),
+        "short": table(arms("scratch", *short, *pairs), levels, by_arm=True),
+        "segmentation peers": table(few, against_peers(PEERS)),
+        "restoration peers": table(few, against_peers((*RESTORATION_PEERS, "cubic"))),
+        "robustness": table({group: group[-1] for group in robust}, main),
+        "pretraining": markdown(["arm", "seeds", *names.values()], body),
+    }
 
 
-def markdown(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A table under its title; nothing where it is empty, in rows or in columns but the first."""
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table without the columns that are empty."""
     keep = [at for at in range(len(header)) if at == 0 or any(row[at] for row in body)]
     rows = [header, ["---"] * len(header), *body]
-    return [f"## {title}", "", *("| " + " | ".join(row[at] for at in keep) + " |" for row in rows), ""] if body else []
+    return "".join("| " + " | ".join(row[at] for at in keep) + " |\n" for row in rows) if body else ""
+
+
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """A page with its tables anew: each stands below a comment with its name."""
+    for name, table in tables.items():
+        place = re.compile(rf"(<!-- {name} -->\n\n)(\|.*\n)*")
+        if not place.search(page):
+            raise ValueError(f"the page has no place for the table: <!-- {name} -->")
+        page = place.sub(lambda match: match[1] + table, page)  # noqa: B023
+    return page
 
 
 def plot_labels(summary: Sequence[dict], path: Path) -> None:

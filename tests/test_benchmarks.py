@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,3 +216,43 @@ def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
     (line,) = study.collect_pretraining(of, args)
     assert line["arm"] == "random" and line["seeds"] == 2
     assert (line["masked_error"], line["masked_error_low"], line["masked_error_high"]) == (0.3, 0.2, 0.4)
+
+
+def test_a_page_gets_its_tables_anew():
+    summary = [
+        {"task": "hippocampus", "n_labels": 10, "arm": "scratch", "seeds": 3, "mean": 0.84712},
+        {"task": "hippocampus", "n_labels": 10, "arm": "scheduled_long", "seeds": 3, "mean": 0.85},
+        {"task": "hippocampus", "n_labels": 10, "arm": "scheduled_long - scratch", "seeds": 1}
+        | {"mean": 0.0029, "low": -0.0011, "high": 0.005},
+        {"task": "denoising", "degradation": "mean of all", "arm": "scratch", "seeds": 3, "mean": 2.0},
+    ]
+    tables = study.page_tables(summary, [])
+    assert tables["main"].splitlines() == [
+        "|  | scratch | scheduled, long | scheduled, long - scratch |",
+        "| --- | --- | --- | --- |",
+        "| hippocampus, 10 labelled, Dice | 0.847 | 0.850 | +0.003 [-0.001, +0.005] (1) |",
+    ]
+    assert tables["pretraining"] == ""
+    page = "before\n\n<!-- main -->\n\n| old |\n| --- |\n\nafter\n"
+    once = study.with_tables(page, {"main": tables["main"]})
+    assert once == f"before\n\n<!-- main -->\n\n{tables['main']}\nafter\n"
+    assert study.with_tables(once, {"main": tables["main"]}) == once
+    with pytest.raises(ValueError, match="no place for the table"):
+        study.with_tables(page, {"robustness": ""})
+
+
+def test_the_page_of_the_study_shows_what_the_results_say():
+    texts = {"task", "degradation", "artifact", "arm", "of_each_seed"}
+
+    def rows(name):
+        with (study.RESULTS / name).open(newline="") as file:
+            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return [
+            {k: v if k in texts else int(v) if k in ("n_labels", "seeds") else float(v) for k, v in row.items()}
+            for row in rows
+        ]
+
+    files = sorted(study.RESULTS.glob("study_*_summary.csv"))
+    tables = study.page_tables([row for file in files for row in rows(file)], rows("study_pretraining.csv"))
+    page = (study.ROOT / "bundle" / "docs" / "STUDY.md").read_text()
+    assert page == study.with_tables(page, tables)
