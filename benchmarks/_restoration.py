@@ -41,11 +41,11 @@ MAX_SPACING = {"denoising": math.inf, "super_resolution": 1.5}  # mm: a quarter 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def restoration_parser(description: str, name: str) -> argparse.ArgumentParser:
+def restoration_parser(description: str, name: str, region: Sequence[int]) -> argparse.ArgumentParser:
     """The arguments of both scripts."""
     parser = argument_parser(description, name)
     add_device_arguments(parser)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with manifest.csv (default: %(default)s)")
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder with manifest.csv (default: %(default)s)")
     parser.add_argument(
         "--weights",
         type=_name_and_path,
@@ -59,9 +59,9 @@ def restoration_parser(description: str, name: str) -> argparse.ArgumentParser:
         "--region",
         type=int,
         nargs=3,
-        default=[96, 96, 64],
+        default=region,
         help="voxels evaluated, around the middle of the head, in RAS order; smaller where the scan is (default: "
-        "96 96 64); 0 0 0: the whole scan",
+        f"{' '.join(map(str, region))}); 0 0 0: the whole scan",
     )
     parser.add_argument("--max_scans", type=int, help="only the first scans, for a quick look")
     parser.add_argument("--seed", type=int, default=0, help="of noise and bootstrap (default: %(default)s)")
@@ -81,7 +81,7 @@ def manifest_scans(
 ) -> list[dict[str, str]]:
     """Rows of the manifest: scans of a split without a side longer than ``max_spacing`` mm, path in ``image``."""
     if not (data / "manifest.csv").is_file():
-        raise SystemExit(f"no manifest.csv in {data}: give the folder of the shared data with --data")
+        raise SystemExit(f"no manifest.csv in {data}: give the folder of the shared data with --data_dir")
     with (data / "manifest.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["file"].startswith(f"{folder}/") and row["split"] == split]
     rows = [row for row in rows if max(float(side) for side in row["spacing_mm"].split("x")) <= max_spacing]

@@ -1,7 +1,7 @@
 """Denoising of held-out heads with Rician noise, against BM4D and non-local means.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/denoising.py --data ../shared/data
+    python benchmarks/denoising.py --data_dir ../shared/data
 
 Other networks at equal time of training are in ``study.py``, which runs this script on them.
 
@@ -189,8 +189,10 @@ def quiet(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = restoration_parser(__doc__, TASK)
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.01, 0.03, 0.05, 0.07, 0.09], help="of the noise")
+    parser = restoration_parser(__doc__, TASK, (48, 48, 40))
+    parser.add_argument(
+        "--levels", type=float, nargs="+", default=[0.01, 0.03, 0.05, 0.07, 0.09, 0.15], help="of the noise"
+    )
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: all")
     parser.add_argument(
         "--pictured",
@@ -205,7 +207,7 @@ def main() -> None:
     prepare_machine(parser, args)
 
     leave_quiet = bundle_config("inference", TASK, args.device).get_parsed_content("leave_quiet")
-    scans = manifest_scans(args.data, "test")[: args.max_scans]
+    scans = manifest_scans(args.data_dir, "test")[: args.max_scans]
     networks = make_networks(TASK, args)
     methods = make_methods(args, networks)
     setting = {"seed": args.seed, "noise": "Rician", **facts(args.device)}

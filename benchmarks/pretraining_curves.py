@@ -6,7 +6,7 @@ the validation of every run. All arms are validated on the same held-out subject
 same noise, so their errors can be compared; the high-frequency error is that of the quarter of the masked patches with
 the highest energy.
 
-    python benchmarks/pretraining_curves.py --data ../shared/data --work output/curves
+    python benchmarks/pretraining_curves.py --data_dir ../shared/data --work output/curves
 
 Data: the manifest's train split of ``brain_structures`` and ``heads`` for training, the val split for validation; no
 test subject is read. A run that is there already is not repeated, one that was killed goes on where it stopped. Writes
@@ -57,7 +57,7 @@ def write_datalist(data: Path, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, default=HERE.parents[1] / "shared" / "data", help="folder with manifest.csv"
+        "--data_dir", type=Path, default=HERE.parents[1] / "shared" / "data", help="folder with manifest.csv"
     )
     parser.add_argument("--work", type=Path, default=HERE.parent / "output" / "curves", help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=2)
@@ -67,13 +67,13 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=list(ARMS)[:4], choices=list(ARMS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
-    if not (args.data / "manifest.csv").is_file():
-        parser.error(f"no manifest.csv in {args.data}: give the folder of the shared data with --data")
+    if not (args.data_dir / "manifest.csv").is_file():
+        parser.error(f"no manifest.csv in {args.data_dir}: give the folder of the shared data with --data_dir")
     settings = {name: str(getattr(args, name)) for name in ("epochs", "crops_per_scan", "image_size")}
     record = args.work / "settings.json"
     if record.is_file() and json.loads(record.read_text()) != settings:
         parser.error(f"{args.work} has runs with other settings ({record.read_text()}): give another --work")
-    write_datalist(args.data, args.work / "datalist.json")
+    write_datalist(args.data_dir, args.work / "datalist.json")
     record.write_text(json.dumps(settings))
 
     runs = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]

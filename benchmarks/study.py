@@ -327,7 +327,7 @@ class Study:
                 }
                 overlays = [task, *([CONFIGS / f"{start}.json"] if peer else [])]
                 self.bundle("training", "train", overlays, as_options(options), output)
-            script = [sys.executable, ROOT / "benchmarks" / f"{task}.py", "--data", self.data_dir, *evaluation]
+            script = [sys.executable, ROOT / "benchmarks" / f"{task}.py", "--data_dir", self.data_dir, *evaluation]
             part = output / "quality.part.csv"
             script += ["--weights", f"{start}={output / 'models' / 'model.pt'}", "--output", part]
             self.process(script, output / "evaluation.log")

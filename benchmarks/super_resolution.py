@@ -1,6 +1,6 @@
 """Super-resolution of held-out heads, x2 and x4, against zero-filling and cubic interpolation.
 
-    python benchmarks/super_resolution.py --data ../shared/data
+    python benchmarks/super_resolution.py --data_dir ../shared/data
 
 Other networks at equal time of training are in ``study.py``, which runs this script on them.
 
@@ -81,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> None:
     inferer = bundle_config("inference", TASK, args.device).get_parsed_content("inferer")
     setting = {"seed": args.seed, **facts(args.device)}
     rows, pictured = [], []
-    for scan in manifest_scans(args.data, "test", MAX_SPACING[TASK])[: args.max_scans]:
+    for scan in manifest_scans(args.data_dir, "test", MAX_SPACING[TASK])[: args.max_scans]:
         clean, foreground = load_clean(scan["image"])
         region = central_region(foreground, args.region)
         size = tuple(clean.shape[1:])
@@ -149,7 +149,7 @@ def plot(path: Path, summary: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = restoration_parser(__doc__, TASK)
+    parser = restoration_parser(__doc__, TASK, (64, 64, 40))
     parser.add_argument("--degradations", nargs="+", choices=list(DEGRADATIONS), default=list(DEGRADATIONS))
     parser.add_argument("--pictured", default="openms-cross_patient26_T1", help="scan shown in the picture")
     args = parser.parse_args()
