@@ -223,6 +223,10 @@ def test_other_heads_are_refused(tmp_path):
     path = save(SSPFormerEncoder(patch_size=4, num_heads=1).state_dict(), tmp_path)
     with pytest.raises(ValueError, match="num_heads=1"):
         load_pretrained(dense(), path)
+    other = SSPFormerEncoder(patch_size=4, num_heads=1)  # whose tensors have the same shapes
+    with pytest.raises(RuntimeError, match="weights are of . attention heads.*, the network of 1"):
+        other.load_state_dict(SSPFormerEncoder(patch_size=4).state_dict())
+    assert other.layout[0] == 1
 
 
 def test_files_without_a_layout_load(autoencoder, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks import Convolution
+from monai.utils import str2bool
 from torch import Tensor, nn
 
 from .encoder import SSPFormerEncoder
@@ -82,6 +83,7 @@ class SSPFormerDense(nn.Module):
         num_heads: int | None = None,
     ) -> None:
         super().__init__()
+        residual, noise_scaled, folded = map(str2bool, (residual, noise_scaled, folded))  # a command line has words
         if residual and in_channels != out_channels:
             raise ValueError(
                 f"a residual network gives back the channels it gets: in_channels {in_channels} and out_channels "
