@@ -254,7 +254,7 @@ def test_segmentation_is_scored_on_the_labels_own_grid(tmp_path):
     ]
     assert len(rows) == 12 and all(float(row["dice"]) > 0.85 for row in rows[:8])
     assert all(float(row["hd95"]) <= 2.5 and float(row["surface_dice"]) > 0.95 for row in rows[:8])
-    assert rows[-1] == {"name": "p2", "structure": "inner", "dice": "", "surface_dice": "", "hd95": ""}
+    assert rows[-1] == {"name": "p2", "subject": "p2", "structure": "inner", "dice": "", "surface_dice": "", "hd95": ""}
     inner = next(row for row in summary if (row["metric"], row["structure"]) == ("dice", "inner"))
     scores = [float(row["dice"]) for row in rows if row["structure"] == "inner" and row["dice"]]
     assert inner["n"] == "2" and float(inner["mean"]) == pytest.approx(np.mean(scores), abs=1e-4)
@@ -295,6 +295,21 @@ def test_restoration_is_scored_beside_its_input(tmp_path):
         assert float(row["psnr_gain"]) == pytest.approx(gain, abs=2e-3)
     assert "ssim_gain" in [row["metric"] for row in summary]
     assert sorted(path.name for path in (tmp_path / "out/pictures").iterdir()) == ["p0.png", "p1.png"]
+
+
+def test_scans_of_one_person_count_once(tmp_path):
+    write_scans(tmp_path / "data", (20, 20, 20))
+    for i, name in enumerate(("sub-a_T1w", "sub-a_T2w", "sub-b_T1w")):
+        (tmp_path / f"data/p{i}.nii.gz").rename(tmp_path / f"data/{name}.nii.gz")
+    torch.save({"weight": torch.full((1, 1, 1, 1, 1), 0.9)}, tmp_path / "model.pt")
+    conv = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 1, "bias": False}
+    options = {"dataset_dir": tmp_path / "data", "weights": tmp_path / "model.pt", "network_def": conv}
+    rows, summary, report = evaluate(tmp_path, "denoising.json", **options)
+    assert (report["scans"], report["subjects"]) == (3, 2) and len(rows) == 3
+    first, second, other = (float(row["psnr"]) for row in rows)
+    psnr = next(row for row in summary if row["metric"] == "psnr")
+    assert psnr["n"] == "2" and first != second
+    assert float(psnr["mean"]) == pytest.approx(((first + second) / 2 + other) / 2, abs=1e-3)
 
 
 def test_thin_slabs_are_scored_and_the_factors_said(tmp_path):

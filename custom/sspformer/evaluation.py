@@ -218,11 +218,14 @@ class EvaluationReport:
 
     def reset(self, engine: Engine) -> None:
         self.names: list[str] = []
+        self.subjects: list[str] = []
         self.drawn: list[dict[str, Any]] = []
 
     def collect(self, engine: Engine) -> None:
         names = _names(engine.state.batch)
         self.names += names
+        samples = _samples(engine.state.batch)
+        self.subjects += [str(sample.get("subject", name)) for sample, name in zip(samples, names, strict=True)]
         drawn = getattr(engine.prepare_batch, "drawn", {})
         self.drawn += [{key: _as_cell(values[i]) for key, values in drawn.items()} for i in range(len(names))]
 
@@ -241,19 +244,21 @@ class EvaluationReport:
         key = {"structure": structures} if n_columns > 1 else {}
         rows = [
             {
-                "name": subject,
+                "name": name,
+                "subject": self.subjects[i],
                 **self.drawn[i],
                 **{column: values[j] for column, values in key.items()},
                 **{name: scores[i, j] for name, scores in details.items()},
             }
-            for i, subject in enumerate(self.names)
+            for i, name in enumerate(self.names)
             for j in range(len(structures))
         ]
         summary = [
             {
                 "metric": name,
                 **{column: values[j] for column, values in key.items()},
-                **summarize(scores[:, j], self.seed),
+                **summarize(_mean_of_subjects(scores[:, j], self.subjects), self.seed),
+                "infinite": int(np.isinf(scores[:, j]).sum()),
             }
             for name, scores in details.items()
             for j in range(len(structures))
@@ -261,9 +266,11 @@ class EvaluationReport:
         self.directory.mkdir(parents=True, exist_ok=True)
         _write_csv(self.directory / "metrics.csv", rows)
         _write_csv(self.directory / "summary.csv", summary)
-        content = {**self.settings, "subjects": len(self.names), "summary": [_without_nan(row) for row in summary]}
+        counts = {"scans": len(self.names), "subjects": len(set(self.subjects))}
+        content = {**self.settings, **counts, "summary": [_without_nan(row) for row in summary]}
         (self.directory / "summary.json").write_text(json.dumps(content, indent=4) + "\n")
-        logger.info(f"{len(self.names)} subjects evaluated; scores in {self.directory}\n{_table(summary)}")
+        said = ", ".join(f"{count} {what}" for what, count in counts.items())
+        logger.info(f"{said} evaluated; scores in {self.directory}\n{_table(summary)}")
 
 
 def summarize(scores: np.ndarray, seed: int = 0) -> dict[str, float | int]:
@@ -300,6 +307,13 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(scores[draws].mean(axis=1), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _mean_of_subjects(scores: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
+    """Scores of scans to those of subjects: the mean of what is finite of theirs, else nan."""
+    order = list(dict.fromkeys(subjects))
+    of_each = [scores[[of == subject for of in subjects]] for subject in order]
+    return np.array([_mean_of_finite(own[None])[0] for own in of_each])
 
 
 def _mean_of_finite(scores: np.ndarray) -> np.ndarray:
