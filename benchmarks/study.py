@@ -29,7 +29,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ import numpy as np
 from _common import RESULTS, print_table, write_csv
 from _restoration import CONFIGS, DATA, ROOT, training_scans
 from scipy import stats
+
+from sspformer.files import replacing
 
 
 def torchio(name: str, **options) -> dict[str, object]:
@@ -112,7 +114,8 @@ TASKS = {
     },
 }
 
-LEVELS = (0.01, 0.05, 0.09, 0.15)  # of the Rician noise, of the 99th percentile
+LEVELS = (0.01, 0.05, 0.09, 0.15)  # of the Rician noise, of the range up to the 99.5th percentile
+DEGRADATIONS = ("isotropic x2", "isotropic x4")
 #: restoration: options of the training, an epoch of ours, and of the evaluation
 RESTORATION = {
     "denoising": (
@@ -121,9 +124,11 @@ RESTORATION = {
     ),
     "super_resolution": (
         {"epochs": 3, "crops_per_scan": 64},
-        ["--degradations", "isotropic x2", "isotropic x4", "--region", "64", "64", "40"],
+        ["--degradations", *DEGRADATIONS, "--region", "64", "64", "40"],
     ),
 }
+#: how many degradations a task is evaluated on
+N_DEGRADATIONS = {"denoising": len(LEVELS), "super_resolution": len(DEGRADATIONS)}
 #: peers of the restoration: time of a step over ours, which divides the number of crops a scan, of which one is left
 RESTORATION_PEERS = {
     "unet": {"denoising": 0.95, "super_resolution": 0.97},
@@ -198,11 +203,7 @@ class Study:
         for section, wanted in splits.items():
             rows = [row for row in self.manifest if row["split"] in wanted and row["file"].startswith(tuple(folders))]
             items[section] = [self._item(row) for row in rows if files is None or row["file"] in files]
-        path, text = self.work_dir / f"{name}.json", json.dumps(items, indent=1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text() != text:  # another run may be reading it
-            path.write_text(text)
-        return path
+        return keep(self.work_dir / f"{name}.json", json.dumps(items, indent=1))
 
     def _item(self, row: dict[str, str]) -> dict[str, str]:
         file = Path(row["file"])
@@ -261,7 +262,12 @@ class Study:
             }
             self.bundle("training", "pretrain", overlays, [*as_options(fixed), *options], output)
 
-        return Cell(f"pretrain {arm} {seed}", lambda: epochs_done(output) >= epochs, run)
+        def complete() -> bool:  # a run writes its encoder after the last row of its history
+            history, encoder = output / "history.csv", output / "models" / "pretrained" / "encoder.pt"
+            written = encoder.is_file() and encoder.stat().st_mtime >= history.stat().st_mtime
+            return epochs_done(output) >= epochs and written
+
+        return Cell(f"pretrain {arm} {seed}", complete, run)
 
     def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
         """Fine-tuning from an arm's encoder, from ``scratch``, or of a peer; then Dice on the test subjects."""
@@ -350,9 +356,8 @@ class Study:
         target = output / f"evaluation_{artifact}"
 
         def run() -> None:
-            overlay = self.work_dir / "artifacts" / f"{artifact}.json"
-            overlay.parent.mkdir(parents=True, exist_ok=True)
-            overlay.write_text(json.dumps(ARTIFACT_OVERLAY | {"+preprocessing": [ARTIFACTS[artifact], RESCALING]}))
+            changes = ARTIFACT_OVERLAY | {"+preprocessing": [ARTIFACTS[artifact], RESCALING]}
+            overlay = keep(self.work_dir / "artifacts" / f"{artifact}.json", json.dumps(changes))
             self.evaluate(task, [*TASKS[task]["overlays"], overlay], output, target)
 
         return Cell(f"robustness {task} {n_labels} {start} {seed} {artifact}", (target / "metrics.csv").is_file, run)
@@ -383,6 +388,14 @@ class Study:
         if not (pretraining := self.pretrain(arm, seed)).complete():
             raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --arms {arm} --seeds {seed}")
         return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
+
+
+def keep(path: Path, text: str) -> Path:
+    """A text file that other runs may be reading or writing."""
+    if not path.is_file() or path.read_text() != text:
+        with replacing(path) as part:
+            part.write_text(text)
+    return path
 
 
 def as_options(settings: dict[str, object]) -> list[str]:
@@ -462,11 +475,11 @@ def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
     return cells
 
 
-def collect_pretraining(study: Study, args: argparse.Namespace) -> list[dict]:
+def collect_pretraining(study: Study) -> list[dict]:
     """Last validation of the complete pretrainings, each arm's mean, lowest and highest over its seeds."""
     summary = []
-    for arm in args.arms:
-        seeds = [seed for seed in args.seeds if study.pretrain(arm, seed).complete()]
+    for arm in ARMS:
+        seeds = [seed for seed in SEEDS if study.pretrain(arm, seed).complete()]
         if not seeds:
             continue
         last = []
@@ -482,10 +495,10 @@ def collect_pretraining(study: Study, args: argparse.Namespace) -> list[dict]:
     return summary
 
 
-def collect(study: Study, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+def collect(study: Study) -> tuple[list[dict], list[dict]]:
     """Mean Dice of every test subject in the complete runs: on the scans as they are, and on those with artifacts."""
     clean, robust = [], []
-    for task in args.tasks:
+    for task in TASKS:
         for run in sorted((study.work_dir / f"{task}_{TASKS[task]['steps']}").glob("*_*")):
             n_labels, start, seed = run.name.split("_", 1)[0], *run.name.split("_", 1)[1].rsplit("_", 1)
             for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
@@ -604,13 +617,19 @@ def statistics(name: str, values: np.ndarray, digits: int, corrected: float | No
     return {**counts, **{k: round(float(v), digits) for k, v in columns.items()}, "of_each_seed": means}
 
 
-def report(study: Study, args: argparse.Namespace) -> None:
-    """Tables and pictures of what is complete."""
-    if pretrained := collect_pretraining(study, args):
+def report(study: Study) -> None:
+    """Tables and pictures of all that is complete, whatever else this call was for.
+
+    Raises:
+        SystemExit: if nothing is, so that nothing takes the place of what was published.
+    """
+    if pretrained := collect_pretraining(study):
         publish(pretrained, "study_pretraining.csv")
-    clean, robust = collect(study, args)
+    clean, robust = collect(study)
     summaries: list[dict] = []
     restored = collect_restoration(study)
+    if not (pretrained or clean or restored):
+        raise SystemExit(f"no run in {study.work_dir} is complete: there is nothing to report")
     if clean:
         write_csv(RESULTS / "study_segmentation.csv", clean)
         summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
@@ -619,7 +638,9 @@ def report(study: Study, args: argparse.Namespace) -> None:
         plot_labels(summary, RESULTS / "study_labels.png")
     if restored:
         write_csv(RESULTS / "study_restoration.csv", restored)
-        every = [{**row, "degradation": "mean of all"} for row in mean_over(restored, "degradation", "gain")]
+        every = [
+            {**row, "degradation": "mean of all"} for row in mean_over(restored, "degradation", "gain", N_DEGRADATIONS)
+        ]
         summary = compare(every, ["task", "degradation"], N_PRIMARY, "gain", 3)
         summary += compare(restored, ["task", "degradation"], None, "gain", 3)
         publish(summary, "study_restoration_summary.csv")
@@ -632,7 +653,10 @@ def report(study: Study, args: argparse.Namespace) -> None:
             for row in robust
             if (scan := (row["task"], row["n_labels"], row["start"], row["seed"], row["subject"])) in before
         ]
-        every = [{**row, "artifact": "mean of all"} for row in mean_over(losses, "artifact", "dice")]
+        every = [
+            {**row, "artifact": "mean of all"}
+            for row in mean_over(losses, "artifact", "dice", {ROBUSTNESS[0]: len(ARTIFACTS)})
+        ]
         write_csv(RESULTS / "study_robustness.csv", robust)
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         publish(summary, "study_robustness_summary.csv")
@@ -650,13 +674,12 @@ def publish(summary: Sequence[dict], name: str) -> None:
     print_table(columns, [list(row.values()) for row in rows])
 
 
-def mean_over(rows: Sequence[dict], column: str, score: str) -> list[dict]:
-    """Rows averaged over the values of a column, where a run has all that any run of the task has."""
+def mean_over(rows: Sequence[dict], column: str, score: str, wanted: Mapping[str, int]) -> list[dict]:
+    """Rows averaged over the values of a column, where a run has as many of them as a task should."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         group = tuple(value for name, value in row.items() if name not in (column, score))
         groups.setdefault(group, []).append(row)
-    wanted = {task: len({row[column] for row in rows if row["task"] == task}) for task in {row["task"] for row in rows}}
     return [
         {**group[0], score: sum(row[score] for row in group) / len(group)}
         for group in groups.values()
@@ -671,11 +694,8 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
     few = {("brain_structures", n): f"17 structures, {n} labelled, Dice" for n in TASKS["brain_structures"]["labels"]}
     few |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in TASKS["hippocampus"]["labels"]}
     few |= {("denoising", key): f"denoising, {name}, dB" for key, name in restored.items()}
-    degradations = ("mean of all", "isotropic x2", "isotropic x4")
-    few |= {
-        ("super_resolution", key): f"super-resolution, {key.split()[-1] if 'x' in key else 'mean'}, dB"
-        for key in degradations
-    }
+    degradations = ("mean of all", *DEGRADATIONS)
+    few |= {("super_resolution", key): f"super-resolution, {key.removesuffix(' of all')}, dB" for key in degradations}
     robust = [(*ROBUSTNESS, artifact) for artifact in (*ARTIFACTS, "mean of all")]
     cells = {}
     for row in summary:
@@ -736,12 +756,12 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def with_tables(page: str, tables: dict[str, str]) -> str:
-    """A page with its tables anew: each stands below a comment with its name."""
+    """A page with its tables anew, but for those that are empty: each stands below a comment with its name."""
     for name, table in tables.items():
         place = re.compile(rf"(<!-- {name} -->\n\n)(\|.*\n)*")
         if not place.search(page):
             raise ValueError(f"the page has no place for the table: <!-- {name} -->")
-        page = place.sub(lambda match: match[1] + table, page)  # noqa: B023
+        page = place.sub(lambda match: match[1] + table, page) if table else page  # noqa: B023
     return page
 
 
@@ -797,7 +817,7 @@ def main() -> None:
             print(f"{stage}:", flush=True)
             failed += run_all(cells[stage], args.jobs)
     if "report" in args.stages:
-        report(study, args)
+        report(study)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}")
 

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of manifest.csv")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "models", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=1, help="leaves this share of the CPU cores to the training")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs, of other scripts, too, share the cores")
     args = parser.parse_args()
     study = Study(args.data_dir, args.work_dir, args.jobs)
     for model in args.models:

@@ -18,8 +18,12 @@ def main(source: str, target: str) -> None:
     state = torch.load(source, map_location="cpu", weights_only=True)
     state = state.get("network", state)
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(half, target)
+    if broken := [name for name, value in half.items() if not value.isfinite().all()]:
+        sys.exit(f"{source} has values that half precision cannot hold, in {len(broken)} tensors such as {broken[0]}")
+    part = Path(f"{target}.part")  # a kill leaves the old file
+    part.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(half, part)
+    part.replace(target)
     content = Path(target).read_bytes()
     print(f"{target}: {len(content) / 1e6:.1f} MB, SHA-256 {hashlib.sha256(content).hexdigest()}")
 

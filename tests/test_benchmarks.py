@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,9 +125,9 @@ def test_the_scores_of_an_evaluation_are_collected_with_and_without_artifacts(tm
         report = EvaluationReport(
             of.run_of("hippocampus", 126, "scheduled_long", 1) / folder, ["anterior", "posterior"]
         )
-        report.names, report.drawn = ["a"], [{}]
+        report.names, report.subjects, report.drawn = ["a"], ["a"], [{}]
         report(SimpleNamespace(state=SimpleNamespace(metric_details={"dice": torch.tensor([[dice, dice]])})))
-    clean, robust = study.collect(of, study.argparse.Namespace(tasks=["hippocampus"]))
+    clean, robust = study.collect(of)
     assert len(clean) == len(robust) == 1 and robust[0]["artifact"] == "low resolution"
     assert clean[0]["dice"] == pytest.approx(0.9) and clean[0]["subject"] == "a" and clean[0]["n_labels"] == 126
     assert (clean[0]["start"], clean[0]["seed"]) == ("scheduled_long", 1)
@@ -140,7 +141,14 @@ def test_no_run_starts_from_an_encoder_that_is_still_learning(tmp_path):
     (run / "history.csv").write_text(f"epoch\n{study.EPOCHS - 1}\n")
     with pytest.raises(RuntimeError, match="random 1 is not complete"):
         of.encoder("random", 1)
+    encoder = run / "models" / "pretrained" / "encoder.pt"
+    encoder.parent.mkdir(parents=True)
+    encoder.write_bytes(b"of the epoch before")
+    os.utime(encoder, (1, 1))
     (run / "history.csv").write_text(f"epoch\n{study.EPOCHS}\n")
+    with pytest.raises(RuntimeError, match="random 1 is not complete"):  # killed before it wrote the last encoder
+        of.encoder("random", 1)
+    encoder.write_bytes(b"of the last epoch")
     assert of.encoder("random", 1).parts[-4] == "random_1" and of.encoder("scratch", 1) == "null"
 
 
@@ -159,9 +167,12 @@ def test_the_gain_of_restoration_is_over_the_degraded_image_and_a_subject_counts
     gains = {(line["degradation"], line["subject"]): line["gain"] for line in lines}
     assert gains == {("0.01", "a"): 1.5, ("0.01", "b"): 1.0, ("0.09", "a"): 3.5, ("0.09", "b"): 3.0}
     assert {(line["start"], line["seed"]) for line in lines} == {("random_long", 0)}
-    means = study.mean_over(lines, "degradation", "gain")
+    means = study.mean_over(lines, "degradation", "gain", {"denoising": 2})
     assert {line["subject"]: line["gain"] for line in means} == {"a": 2.5, "b": 2.0}
-    assert study.mean_over([*lines[:-1], {**lines[-1], "seed": 1}], "degradation", "gain")[0]["subject"] == "a"
+    assert (
+        study.mean_over([*lines[:-1], {**lines[-1], "seed": 1}], "degradation", "gain", {"denoising": 2})[0]["subject"]
+        == "a"
+    )
     summary = study.compare(means, ["task"], None, "gain")
     assert summary[0]["mean"] == 2.25
 
@@ -207,13 +218,14 @@ def test_the_reduced_matrix_is_part_of_the_full_one(tmp_path):
 def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
     of = study.Study(tmp_path, tmp_path / "work", jobs=2)
-    args = study.argparse.Namespace(arms=["random", "hints"], seeds=[0, 1, 2])
     columns = "epoch,masked_error,high_frequency_error,ssim"
     for seed, epoch, error in ((0, study.EPOCHS, 0.2), (1, study.EPOCHS, 0.4), (2, study.EPOCHS - 1, 0.9)):
         run = tmp_path / "work" / "pretrain" / f"random_{seed}"
         run.mkdir(parents=True)
         (run / "history.csv").write_text(f"{columns}\n1,0.8,0.8,0.1\n{epoch},{error},0.5,0.6\n")
-    (line,) = study.collect_pretraining(of, args)
+        (run / "models" / "pretrained").mkdir(parents=True)
+        (run / "models" / "pretrained" / "encoder.pt").write_bytes(b"")
+    (line,) = study.collect_pretraining(of)
     assert line["arm"] == "random" and line["seeds"] == 2
     assert (line["masked_error"], line["masked_error_low"], line["masked_error_high"]) == (0.3, 0.2, 0.4)
 

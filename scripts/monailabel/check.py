@@ -186,7 +186,7 @@ def weights(bundle: Path) -> dict[str, torch.Tensor]:
     return torch.load(bundle / "models/model.pt", map_location="cpu", weights_only=True)
 
 
-def training(url: str, log: Path, seconds: int) -> tuple[str, str]:
+def training(url: str, seconds: int) -> tuple[str, str]:
     """Waits for the training that runs; its status and what it said, of which the server keeps the end."""
     said, deadline = {}, time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -289,7 +289,7 @@ def check_slicer(work: Path, scan: Path, environment: Mapping[str, str]) -> None
 
         def train(**changes) -> tuple[str, str]:
             client.train_start(OURS, options(info, "trainers", OURS) | changes)
-            return training(url, work, 1200)
+            return training(url, 1200)
 
         with step("training on two labels"):
             before = weights(bundle)
@@ -381,7 +381,7 @@ def check_ohif(work: Path, environment: Mapping[str, str]) -> None:
             # as MonaiLabelClient.run_train: all trainers, their options by name
             train = options(requests.get(f"{url}/info/", timeout=60).json(), "trainers", OURS) | {"max_epochs": 1}
             requests.post(f"{url}/train/", json={OURS: train}, timeout=60).raise_for_status()
-            status, said = training(url, work, 1200)
+            status, said = training(url, 1200)
             expect(status == "DONE", "it trains on it", said.splitlines()[-1])
 
 
