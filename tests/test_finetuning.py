@@ -324,6 +324,21 @@ def test_the_best_model_is_kept_not_the_last_also_over_a_resume(tmp_path):
     assert saved() == 2 and resumed.best == 0.9
 
 
+@pytest.mark.parametrize(
+    "values, kept, best",
+    [
+        ([float("nan"), 0.2, 0.1], 1, 0.2),  # no validation scan had the structure at first
+        ([float("nan"), float("nan")], 1, None),
+        ([0.2, float("nan")], 0, 0.2),
+        ([0.0, 0.0, 0.0], 2, 0.0),  # the last of equals
+    ],
+)
+def test_a_score_that_is_none_or_stays_the_same_does_not_keep_the_first_model(values, kept, best, tmp_path):
+    handler = SaveBestModel(torch.nn.Linear(1, 1), tmp_path / "model.pt")
+    validation(values, handler)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"].item() == kept and handler.best == best
+
+
 def failing_loader(num_workers):
     data = Dataset([{"image": "gone.nii.gz"}], Compose([LoadScand("image")]))
     return list(DataLoader(data, num_workers=num_workers))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from pydicom.valuerep import DA, TM, format_number_as_ds
 from . import __version__
 from .data.checking import digest
 from .data.reading import DicomStack, Unusable, read_stack
+from .files import replacing
 from .inference import POSTFIX, dicom_path
 from .visualize import class_colors
 
@@ -204,11 +204,8 @@ def segmentation_to_dicom(
         content_creator_name="",  # no person, but the attribute must be there
         **_new_series(first, "segmentation"),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    segmentation.save_as(part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        segmentation.save_as(part)
 
 
 def image_to_dicom(

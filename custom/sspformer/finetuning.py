@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import LoadScand
+from .files import is_null
 
 __all__ = ["check_settings", "class_weights", "is_null", "layer_decay_groups"]
 
@@ -32,11 +33,6 @@ def check_settings(
             f"network has {out_channels}: set --network_def#out_channels {len(class_names) + 1}, or name the label "
             "values 1, 2, ... with --class_names."
         )
-
-
-def is_null(value) -> bool:
-    """Whether an entry of a config means "none": None, or the words that a command line has for it."""
-    return value is None or str(value).strip().lower() in ("", "none", "null", "false")
 
 
 def layer_decay_groups(

@@ -24,6 +24,7 @@ from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointLoader, MLFlowHandler, ValidationHandler
 from monai.utils import str2bool
 
+from .files import replacing
 from .transforms.masking import MaskSampler
 from .visualize import curves, figure_to_array, reconstruction_panel
 
@@ -51,12 +52,9 @@ logger = logging.getLogger("sspformer")
 
 
 def save_atomically(content: Any, path: str | os.PathLike) -> None:
-    """``torch.save`` beside the file, then rename: a kill leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(content, part)
-    os.replace(part, path)
+    """``torch.save``: a kill leaves the old file or the new one, never half of one."""
+    with replacing(path) as part:
+        torch.save(content, part)
 
 
 class SeedEpoch:
@@ -198,8 +196,10 @@ class SaveEncoder:
 class SaveBestModel:
     """Write the network's plain state dict when a validation is the best so far.
 
-    For the evaluator; where nothing is held out for validation, for the trainer, whose end it then waits for. Its own
-    state, the best value, belongs into the checkpoint.
+    For the evaluator; where nothing is held out for validation, for the trainer, whose end it then waits for. Of equal
+    values the later counts; a value that is not finite, as of labels that no validation scan has, counts as none, and
+    as long as there are no others the last weights are kept. Its own state, the best value, belongs into the
+    checkpoint.
 
     Args:
         network: whose weights.
@@ -214,7 +214,8 @@ class SaveBestModel:
         return {"best": self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best = state["best"]
+        best = state["best"]
+        self.best = best if best is not None and np.isfinite(best) else None
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.COMPLETED, self)
@@ -222,8 +223,10 @@ class SaveBestModel:
     def __call__(self, engine: Engine) -> None:
         name = engine.state.key_metric_name
         value = None if name is None else float(engine.state.metrics[name])
-        if value is None or self.best is None or engine.metric_cmp_fn(value, self.best) or not self.path.is_file():
-            self.best = value
+        finite = value is not None and np.isfinite(value)
+        better = self.best is None or (finite and not engine.metric_cmp_fn(self.best, value))
+        if better or not self.path.is_file():
+            self.best = value if finite else None
             save_network(self.network, self.path)
             logger.info(f"weights written to {self.path}" + ("" if name is None else f": {name} {value:.4g}"))
 
@@ -342,13 +345,10 @@ class History:
 
     def write(self) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
+        with replacing(self.path) as part, part.open("w", newline="") as file:
             table = csv.DictWriter(file, names, restval="")
             table.writeheader()
             table.writerows(self.rows)
-        os.replace(part, self.path)
 
     def draw(self) -> None:
         pictures = self.directory / "pictures"

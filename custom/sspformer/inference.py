@@ -6,7 +6,6 @@ import csv
 import gzip
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -29,6 +28,7 @@ from torch import Tensor
 from .data.checking import digest, stats, write_atomically
 from .data.naming import NIFTI_SUFFIX, stem
 from .data.reading import files_of, is_series
+from .files import replacing
 from .visualize import restoration_panel, segmentation_panel
 
 __all__ = [
@@ -231,11 +231,8 @@ def save_like(volume: MetaTensor, path: str | Path, rounded: bool = True) -> Non
         image.set_sform(affine, "scanner")
         image.header.set_xyzt_units("mm")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with gzip.open(part, "wb", compresslevel=1) as file:
+    with replacing(path) as part, gzip.open(part, "wb", compresslevel=1) as file:
         image.to_stream(file)
-    os.replace(part, path)
 
 
 def _rounded(voxels: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -553,9 +550,11 @@ class StrictCheckpointLoader:
         network = getattr(self.network, "module", self.network)
         try:
             network.load_state_dict(source)
-        except RuntimeError:
+        except RuntimeError as error:
             wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
             odd = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+            if not odd:  # all shapes fit
+                raise ValueError(f"the weights {self.path} are of another model: {error}") from None
             if set(odd) == {"head.weight", "head.bias"} and set(odd) <= wanted.keys() & shapes.keys():
                 channels = shapes["head.weight"][0]
                 raise ValueError(

@@ -15,7 +15,7 @@ from monai.utils import str2bool
 from torch import Tensor
 
 from . import kspace
-from .finetuning import is_null
+from .files import is_null
 from .losses import normalize_patches
 from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
 from .transforms.masking import MaskIndices, MaskSampler, voxel_mask

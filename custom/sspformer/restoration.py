@@ -18,7 +18,7 @@ from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor, nn
 
 from . import kspace
-from .finetuning import is_null
+from .files import is_null
 from .networks.dense import noise_level
 from .pretraining import PrepareBatchOnDevice
 from .transforms.degradation import reduce_resolution

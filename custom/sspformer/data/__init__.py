@@ -8,16 +8,18 @@ No patient identity of a DICOM header reaches a name, a log or a file: a Patient
 
 Each module knows only those before it: ``naming`` (what a path says), ``reading`` (voxels and affine, or the reason why
 not), ``checking`` (whether a scan can be trained on), ``finding`` (which scans there are, and whose), ``datalist``, and
-on top of it ``pairs`` and ``inputs``.
+on top of it ``pairs`` and ``inputs``; ``caching`` keeps what was preprocessed.
 """
 
+from .caching import CachedDataset, file_hashing
 from .datalist import LazyDatalist, prepare_datalist, prepare_test_scans
 from .inputs import find_inputs
 from .naming import is_label_path, subject_of
-from .pairs import check_pairs, file_hashing, from_client, prepare_pairs, prepare_test_data
+from .pairs import check_pairs, from_client, prepare_pairs, prepare_test_data
 from .reading import LoadScand
 
 __all__ = [
+    "CachedDataset",
     "LazyDatalist",
     "LoadScand",
     "check_pairs",

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from ..files import replacing
 from .reading import Unusable, by, check_size, read_dicom, without_ones
 
 logger = logging.getLogger("sspformer")
@@ -176,10 +176,9 @@ def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the file, then renames: several processes of one run write the same file at the same time."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
+    """Writes a text file, which several processes of one run may do at the same time."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 def digest(text: object) -> str:

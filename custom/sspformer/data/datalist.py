@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import is_null
 from .checking import Cache, check_dicom, check_nifti, in_threads, write_atomically
 from .finding import SPLITS, Scan, datalist_of, find_scans
 from .naming import stem
@@ -148,7 +149,7 @@ def _prepare(
     cache = Cache(output_dir / "scan_check.json" if output_dir else None)
 
     scans, labels, others = find_scans(datalist_of(dataset_dir), output_dir, num_workers, cache)
-    if subject_pattern:
+    if not is_null(subject_pattern):
         match_subjects(scans, subject_pattern)
     held_out: list[Scan] = []
     if val_fraction is not None:

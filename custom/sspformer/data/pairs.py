@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .checking import Cache, check_dicom, check_label, check_nifti, digest, in_threads, stats
+from ..files import is_null
+from .checking import Cache, check_dicom, check_label, check_nifti, in_threads
 from .datalist import (
     COLUMNS,
     MAX_NAMED,
@@ -95,6 +96,7 @@ def prepare_pairs(
     if to_split := [pair for pair in usable if not pair.split]:
         split_subjects(to_split, val_fraction, seed)
     warn_of_overlap(usable, dataset_dir.name)
+    max_subjects = None if is_null(max_subjects) else max_subjects
     subjects = sorted({pair.subject for pair in usable if pair.split in ("training", "both")})
     if max_subjects is not None:
         drawn = random.Random(seed).sample(subjects, len(subjects))[: max(1, max_subjects)]
@@ -205,14 +207,6 @@ def check_pairs(
         )
 
 
-def file_hashing(item: Mapping) -> bytes:
-    """Hash of an item and of the state of its files, for ``hash_func`` of MONAI's ``PersistentDataset``: a label map
-    that was saved anew under its old name is read anew. Our own items have that state as their "version"."""
-    keys = () if "version" in item else ("image", "label")
-    files = [file for key in keys if key in item for file in files_of(item[key])]
-    return digest([item, stats(files)]).encode()
-
-
 def _find_pairs(
     dataset_dir: Path,
     output_dir: str | os.PathLike | None,
@@ -237,7 +231,7 @@ def _find_pairs(
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     cache = Cache(Path(output_dir) / "scan_check.json" if output_dir else None)
     pairs, _, _ = find_scans(dataset_dir, None, num_workers, cache, given)
-    if subject_pattern:
+    if not is_null(subject_pattern):
         match_subjects(pairs, subject_pattern)
 
     def check(pair: Scan) -> None:

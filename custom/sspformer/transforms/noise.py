@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.utils import convert_to_dst_type, convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_tensor, str2bool
 from torch import Tensor
 
 from .. import kspace
@@ -199,6 +199,7 @@ class NoiseSampler:
         intensity_range: float | None = None,
         log_sigma: bool = False,
     ) -> None:
+        log_sigma = str2bool(log_sigma)  # a command line has words
         if log_sigma and min(np.atleast_1d(sigma)) <= 0:
             raise ValueError(f"log_sigma needs sigma above 0, got {sigma}.")
         if not 0 <= motion_prob <= 1:
