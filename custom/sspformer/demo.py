@@ -24,6 +24,8 @@ from monai.networks.layers import GaussianFilter
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
+from .dicom import decimal_strings
+
 __all__ = ["LABELS", "make_demo_dataset", "make_demo_head"]
 
 VERSION = 3  # raise it when the images made from the same seed change
@@ -392,10 +394,10 @@ def _write_dicom(folder: Path, name: str, image: np.ndarray, affine: np.ndarray,
         ds.ScanningSequence, ds.SequenceVariant, ds.ScanOptions, ds.MRAcquisitionType = "RM", "NONE", "", "3D"
         ds.RepetitionTime = ds.EchoTime = ds.EchoTrainLength = ""
 
-        ds.ImagePositionPatient = _decimals(to_lps[:3] @ [0, 0, k, 1])
-        ds.ImageOrientationPatient = _decimals([*directions[:, 0], *directions[:, 1]])
-        ds.PixelSpacing = _decimals([spacing[1], spacing[0]])  # between rows, then between columns
-        ds.SliceThickness = ds.SpacingBetweenSlices = _decimals([spacing[2]])[0]
+        ds.ImagePositionPatient = decimal_strings(to_lps[:3] @ [0, 0, k, 1])
+        ds.ImageOrientationPatient = decimal_strings([*directions[:, 0], *directions[:, 1]])
+        ds.PixelSpacing = decimal_strings([spacing[1], spacing[0]])  # between rows, then between columns
+        ds.SliceThickness = ds.SpacingBetweenSlices = decimal_strings([spacing[2]])[0]
 
         ds.Columns, ds.Rows = image.shape[:2]
         ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -417,8 +419,3 @@ def _save_dicom(ds: Dataset, path: Path) -> None:
 def _uid(*sources) -> str:
     """A DICOM identifier that depends on nothing but ``sources``."""
     return generate_uid(entropy_srcs=["sspformer demo", *map(str, sources)])
-
-
-def _decimals(values) -> list[str]:
-    """Numbers as DICOM decimal strings, which hold 16 characters at most."""
-    return [f"{value:.8f}" for value in values]

@@ -275,15 +275,15 @@ def image_to_dicom(
         if item := _acquisition_equipment(source):
             ds.ContributingEquipmentSequence = [item]
 
-        ds.ImagePositionPatient = _decimals((to_lps @ [0, 0, k, 1])[:3])
-        ds.ImageOrientationPatient = _decimals(axes.T.ravel())
-        ds.PixelSpacing = _decimals([spacing[1], spacing[0]])  # between rows, then between columns
-        ds.SpacingBetweenSlices, ds.SliceThickness = _decimals([distance, thickness * distance / distance_before])
+        ds.ImagePositionPatient = decimal_strings((to_lps @ [0, 0, k, 1])[:3])
+        ds.ImageOrientationPatient = decimal_strings(axes.T.ravel())
+        ds.PixelSpacing = decimal_strings([spacing[1], spacing[0]])  # between rows, then between columns
+        ds.SpacingBetweenSlices, ds.SliceThickness = decimal_strings([distance, thickness * distance / distance_before])
         ds.set_pixel_data(plane, "MONOCHROME2", bits_stored=16, generate_instance_uid=False)
         if (slope, intercept) != (1, 0):
-            ds.RescaleSlope, ds.RescaleIntercept = _decimals([slope, intercept])
+            ds.RescaleSlope, ds.RescaleIntercept = decimal_strings([slope, intercept])
             ds.RescaleType = "US"  # unspecified
-        ds.WindowCenter, ds.WindowWidth = _decimals([(low + high) / 2, max(high - low, 1)])
+        ds.WindowCenter, ds.WindowWidth = decimal_strings([(low + high) / 2, max(high - low, 1)])
         ds.save_as(part / f"{k + 1:03d}.dcm", enforce_file_format=True)
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -374,12 +374,12 @@ def _seg_source(stack: DicomStack, file: int) -> Dataset:
     distance = _slice_distance(stack.affine)
 
     measures, orientation, positions = Dataset(), Dataset(), [Dataset() for _ in frames]
-    measures.PixelSpacing = _decimals(stack.frames[0]["spacing"])
-    measures.SpacingBetweenSlices = _decimals([distance])[0]
-    measures.SliceThickness = _decimals([frames[0]["thickness"] or distance])[0]
-    orientation.ImageOrientationPatient = _decimals(stack.frames[0]["orientation"])
+    measures.PixelSpacing = decimal_strings(stack.frames[0]["spacing"])
+    measures.SpacingBetweenSlices = decimal_strings([distance])[0]
+    measures.SliceThickness = decimal_strings([frames[0]["thickness"] or distance])[0]
+    orientation.ImageOrientationPatient = decimal_strings(stack.frames[0]["orientation"])
     for position, frame in zip(positions, frames, strict=True):
-        position.ImagePositionPatient = _decimals(frame["position"])
+        position.ImagePositionPatient = decimal_strings(frame["position"])
     if "PerFrameFunctionalGroupsSequence" not in ds:
         for part in (measures, orientation, *positions):
             header.update(part)
@@ -454,7 +454,7 @@ def _quantized(voxels: np.ndarray, rescalings: set[tuple[float, float]]) -> tupl
     if slope > 0:
         low, high = np.rint((ends - intercept) / slope)
     if slope <= 0 or low < -(2**15) or high >= (2**16 if low >= 0 else 2**15):
-        slope, intercept = (float(number) for number in _decimals([np.ptp(ends) / (2**16 - 1) or 1.0, ends[0]]))
+        slope, intercept = (float(number) for number in decimal_strings([np.ptp(ends) / (2**16 - 1) or 1.0, ends[0]]))
         low = 0
     dtype = np.uint16 if low >= 0 else np.int16
     limits = np.iinfo(dtype)
@@ -470,6 +470,6 @@ def _slice_distance(affine: np.ndarray) -> float:
     return round(float(abs(affine[:3, 2] @ normal) / np.linalg.norm(normal)), 7)
 
 
-def _decimals(numbers: Sequence[float]) -> list[str]:
+def decimal_strings(numbers: Sequence[float]) -> list[str]:
     """As DICOM's decimal strings, of 16 characters at most."""
     return [format_number_as_ds(float(number)) for number in numbers]

@@ -59,6 +59,11 @@ class Scan:
         return f"{self.relative.parent}/ (DICOM series {self.series}, {files})"
 
 
+def path_within(path: Path, root: Path) -> PurePosixPath:
+    """A path relative to the data set's folder, also of a file outside it."""
+    return PurePosixPath(*(part for part in Path(os.path.relpath(path, root)).parts if part != ".."))
+
+
 def find_scans(
     dataset_dir: Path, output_dir: Path | None, num_workers: int, cache: Cache, given: Mapping[Path, dict] | None = None
 ) -> tuple[list[Scan], list[PurePosixPath], int]:
@@ -82,10 +87,6 @@ def find_scans(
     else:
         given = {dataset_dir: {}}
 
-    def relative(path: Path) -> PurePosixPath:
-        parts = Path(os.path.relpath(path, root)).parts
-        return PurePosixPath(*(part for part in parts if part != ".."))
-
     scans: list[Scan] = []
     labels: list[PurePosixPath] = []
     dicom: list[Path] = []
@@ -95,18 +96,18 @@ def find_scans(
         is_pair = path in (header, voxels) and header.exists() and voxels.exists()
         if is_folder and is_pair and path == voxels:
             continue  # it comes with its .hdr
-        if is_folder and NIFTI_SUFFIX.search(path.name) and is_label_path(relative(path)):
-            labels.append(relative(path))
+        if is_folder and NIFTI_SUFFIX.search(path.name) and is_label_path(path_within(path, root)):
+            labels.append(path_within(path, root))
         elif NIFTI_NAME.search(path.name):
-            scans.append(Scan([path], relative(path), "NIfTI", **known))
+            scans.append(Scan([path], path_within(path, root), "NIfTI", **known))
         elif is_pair:
-            scans.append(Scan([header, voxels], relative(path), "NIfTI", **known))
+            scans.append(Scan([header, voxels], path_within(path, root), "NIfTI", **known))
         elif is_dicom(path):
             dicom.append(path)
         elif path.suffix.lower() in (".dcm", ".ima") or is_datalist:
             reason = _why_neither(path)
             kind = "DICOM" if path.suffix.lower() == ".dcm" else "?"
-            scans.append(Scan([path], relative(path), kind, reason=reason, **known))
+            scans.append(Scan([path], path_within(path, root), kind, reason=reason, **known))
         else:
             others += 1
 
@@ -120,9 +121,9 @@ def find_scans(
     headers = in_threads(read_header, dicom, num_workers, cache, "reading DICOM headers")
     for path, head in zip(dicom, headers, strict=True):
         if "reason" in head:
-            scans.append(Scan([path], relative(path), "DICOM", reason=head["reason"], **given[path]))
+            scans.append(Scan([path], path_within(path, root), "DICOM", reason=head["reason"], **given[path]))
         elif head["modality"] in ("SEG", "RTSTRUCT"):
-            labels.append(relative(path))
+            labels.append(path_within(path, root))
         elif not head["image"] and not is_datalist:  # reports, display states, directories
             others += 1
         else:
@@ -136,7 +137,7 @@ def find_scans(
         unique = {head["instance"] or str(path): path for path, head in reversed(members)}  # the first file of each
         paths = sorted(unique.values())
         head = members[0][1]
-        scan = Scan(paths, relative(paths[0]), "DICOM", series=head["number"], **given[paths[0]])
+        scan = Scan(paths, path_within(paths[0], root), "DICOM", series=head["number"], **given[paths[0]])
         if len(members) > len(paths):
             scan.note = f"{len(members) - len(paths)} duplicate files left out"
         dicom_scans.append((scan, head))

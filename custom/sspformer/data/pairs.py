@@ -29,7 +29,7 @@ from .datalist import (
     test_split,
     warn_of_overlap,
 )
-from .finding import Scan, find_scans, has_lists, is_dicom, read_datalist, read_json, walk
+from .finding import Scan, find_scans, has_lists, is_dicom, path_within, read_datalist, read_json, walk
 from .naming import NIFTI_SUFFIX, stem
 from .reading import by, files_of, reason_of
 
@@ -239,7 +239,7 @@ def _find_pairs(
 
     in_threads(check, pairs, num_workers, cache, "checking pairs")
     pairs += [
-        Scan([label], _relative(label, root), "NIfTI", reason="a label map without an image") for label in orphans
+        Scan([label], path_within(label, root), "NIfTI", reason="a label map without an image") for label in orphans
     ]
     pairs.sort(key=lambda pair: (pair.relative, pair.series))
     name_scans([pair for pair in pairs if not pair.reason], root.name)
@@ -347,7 +347,7 @@ def _problems(pair: Scan, root: Path, allowed: set[int] | None, min_size: int, c
     if pair.label_map is None:
         yield "it has no label map"
         return
-    label = f"its label map {_relative(pair.label_map, root)}"
+    label = f"its label map {path_within(pair.label_map, root)}"
     if not os.path.lexists(pair.label_map):
         yield f"{label} is missing"
         return
@@ -400,10 +400,6 @@ def _compact(values: list[int]) -> str:
     return ", ".join(words[:MAX_VALUES]) + (", ..." if len(words) > MAX_VALUES else "")
 
 
-def _relative(path: Path, root: Path) -> PurePosixPath:
-    return PurePosixPath(*(part for part in Path(os.path.relpath(path, root)).parts if part != ".."))
-
-
 def _item(pair: Scan) -> dict:
     """The datalist's item of a pair."""
     files = [str(path) for path in pair.files]
@@ -414,5 +410,5 @@ def _item(pair: Scan) -> dict:
 
 def _row(pair: Scan, root: Path) -> dict[str, str]:
     """The row of `scans.csv`: that of the image, and what its label map holds."""
-    label = "" if pair.label_map is None else str(_relative(pair.label_map, root))
+    label = "" if pair.label_map is None else str(path_within(pair.label_map, root))
     return row_of(pair) | {"labels": _compact(sorted(pair.check.get("values", []))), "label_path": label}

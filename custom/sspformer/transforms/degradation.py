@@ -10,6 +10,7 @@ k-space on a coarser grid leave behind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from .. import kspace
+from .noise import checked_range
 from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
@@ -95,7 +97,7 @@ class ResolutionSampler:
         patterns: Sequence[str] | str = PATTERNS,
         axis: int | None = None,
     ) -> None:
-        self.factor = _as_range(factor)
+        self.factor = checked_range("factor", factor, 1, math.inf)
         self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         if not self.patterns or not set(self.patterns) <= set(self.PATTERNS):
             raise ValueError(f"patterns must be some of {self.PATTERNS}, got {patterns!r}.")
@@ -220,7 +222,7 @@ class RandDownsampledCrop(Randomizable):
             raise ValueError(f"roi_size must be above 0 along each axis, got {roi_size}.")
         if not 0 <= prob <= 1 or not 0 <= foreground <= 1:
             raise ValueError(f"prob and foreground must be between 0 and 1, got {prob} and {foreground}.")
-        self.factor = _as_range(factor)
+        self.factor = checked_range("factor", factor, 1, math.inf)
         self.prob, self.max_spacing = prob, max_spacing
         self.threshold, self.foreground = threshold, foreground
 
@@ -294,11 +296,3 @@ class RandDownsampledCropd(Randomizable, MapTransform):
         for i, key in enumerate(self.key_iterator(d)):
             d[key] = self.transform(d[key], randomize=i == 0)
         return d
-
-
-def _as_range(factor: float | Sequence[float]) -> tuple[float, float]:
-    """A range of factors, from a range or one number."""
-    factors = (factor, factor) if np.isscalar(factor) else tuple(factor)
-    if len(factors) != 2 or not 1 <= factors[0] <= factors[1]:
-        raise ValueError(f"factor must be a number or (low, high) of 1 or more, got {factor!r}.")
-    return factors

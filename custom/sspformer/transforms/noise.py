@@ -206,14 +206,14 @@ class NoiseSampler:
             raise ValueError(f"motion_prob must be in [0, 1], got {motion_prob}.")
         if eps0 <= 0:
             raise ValueError(f"eps0 must be above 0, got {eps0}.")
-        self.sigma = _range("sigma", sigma, 0, 1)
-        self.alpha = _range("alpha", alpha, -4, 4)
+        self.sigma = checked_range("sigma", sigma, 0, 1)
+        self.alpha = checked_range("alpha", alpha, -4, 4)
         self.eps0 = eps0
         self.motion_prob = motion_prob
-        self.breathing = _range("breathing", breathing, 0, 100)
-        self.heartbeat = _range("heartbeat", heartbeat, 0, 100)
-        self.modulation = _range("modulation", modulation, 0, 1)
-        self.repetition_time = _range("repetition_time", repetition_time, 0, 60)
+        self.breathing = checked_range("breathing", breathing, 0, 100)
+        self.heartbeat = checked_range("heartbeat", heartbeat, 0, 100)
+        self.modulation = checked_range("modulation", modulation, 0, 1)
+        self.repetition_time = checked_range("repetition_time", repetition_time, 0, 60)
         self.intensity_range = intensity_range
         self.log_sigma = log_sigma
 
@@ -280,7 +280,8 @@ class NoiseSampler:
         return _uniform((math.log(self.sigma[0]), math.log(self.sigma[1])), n, **draw).exp()
 
 
-def _range(name: str, value: float | Sequence[float], low: float, high: float) -> tuple[float, float]:
+def checked_range(name: str, value: float | Sequence[float], low: float, high: float) -> tuple[float, float]:
+    """Lowest and highest of a range, or of one number; ``ValueError`` where they are not within ``[low, high]``."""
     bounds = (value, value) if np.isscalar(value) else tuple(value)
     if len(bounds) != 2 or not low <= bounds[0] <= bounds[1] <= high:
         raise ValueError(f"{name} must be a number or (low, high) within [{low}, {high}], got {value!r}.")
