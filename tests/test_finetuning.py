@@ -271,8 +271,17 @@ def test_classes_weigh_by_the_root_of_their_frequency(tmp_path):
     np.testing.assert_allclose(found @ counts / counts.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(class_weights(items, 3, power=0), 1, rtol=1e-6)
     np.testing.assert_allclose(class_weights(items, 3, power=1).numpy() * counts * 3, counts.sum(), rtol=1e-6)
-    missing = class_weights(items[:1], 4)
-    np.testing.assert_allclose(missing[3] / missing[2], 10, rtol=1e-5)  # as if it had one voxel
+
+
+def test_a_class_that_is_not_seen_weighs_as_the_rarest_that_is(tmp_path):
+    labels = {"seen": [0] * 900 + [2] * 100, "left out": [0] * 900 + [1] * 99 + [3]}
+    for name, label in labels.items():
+        nib.save(nib.Nifti1Image(np.reshape(label, (10, 10, 10)).astype(np.uint8), np.eye(4)), tmp_path / f"{name}.nii")
+    items = [{"label": str(tmp_path / f"{name}.nii")} for name in labels]
+    weights = class_weights(items, 4, max_items=1)
+    assert weights[1] == weights[2] == weights[3] == weights.max()
+    np.testing.assert_allclose(weights[[0, 2]] @ torch.tensor([0.9, 0.1]), 1, rtol=1e-6)
+    assert len(set(class_weights(items, 4).tolist())) == 4
 
 
 def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
