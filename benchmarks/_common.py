@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from monai.data import DataLoader, Dataset
 from monai.networks.nets import MaskedAutoEncoderViT
-from monai.transforms import Compose, CropForegroundd, Orientationd, ScaleIntensityRangePercentilesd, Spacingd
+from monai.transforms import Compose, CropForegroundd, Orientationd, Spacingd
 from torch import Tensor, nn
 
 from sspformer import __version__ as sspformer_version
 from sspformer.data import LoadScand
 from sspformer.networks import SIZES
 from sspformer.pretraining import above_mean
+from sspformer.transforms import ScaleBetweenPercentilesd
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -190,7 +191,7 @@ def head_loader(images: Sequence[str], spacing: float) -> DataLoader:
         Orientationd("image", "RAS", labels=None),
         Spacingd("image", [spacing] * 3),
         CropForegroundd("image", **foreground, start_coord_key=None, end_coord_key=None),
-        ScaleIntensityRangePercentilesd("image", 0.5, 99.5, 0, 1, clip=True),
+        ScaleBetweenPercentilesd("image", 0.5, 99.5),
     ]
     return DataLoader(Dataset([{"image": image} for image in images], Compose(steps)), batch_size=1)
 

@@ -154,13 +154,10 @@ ARTIFACTS = {
 }
 #: the scaling of the bundle, which a scan with an artifact goes through like any other
 RESCALING = {
-    "_target_": "ScaleIntensityRangePercentilesd",
+    "_target_": "sspformer.transforms.ScaleBetweenPercentilesd",
     "keys": "image",
     "lower": 0.5,
     "upper": 99.5,
-    "b_min": 0.0,
-    "b_max": 1.0,
-    "clip": True,
 }
 #: the artifacts of a scan are the same for every network
 ARTIFACT_OVERLAY = {"+initialize": ["$monai.utils.set_determinism(seed=0)"]}

@@ -235,9 +235,12 @@ def test_scans_of_one_subject_never_straddle_the_split(tmp_path):
 
 def test_a_single_subject_serves_for_both_with_a_warning(tmp_path, caplog):
     nifti(tmp_path / "head_T1.nii.gz")
-    datalist = prepare_datalist(tmp_path / "head_T1.nii.gz")
-    assert datalist["training"] == datalist["validation"] and names(datalist["training"]) == ["head_T1"]
-    assert "subject_pattern" in caplog.text
+    nifti(tmp_path / "fmri" / "head.nii.gz", voxels((*SHAPE, 9)))
+    for path, expected in (("head_T1.nii.gz", ["head_T1"]), ("fmri", [f"head_vol{v:03}" for v in (0, 3, 5, 8)])):
+        datalist = prepare_datalist(tmp_path / path, tmp_path / f"out of {path}")
+        assert datalist["training"] == datalist["validation"] and names(datalist["training"]) == expected
+        assert "subject_pattern" in caplog.text
+        assert prepare_datalist(tmp_path / f"out of {path}" / "datalist.json") == datalist
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
-from sspformer.data import LoadScand, prepare_datalist
+from sspformer.data import LoadScand, prepare_datalist, prepare_pairs
 from sspformer.finetuning import class_weights, is_null, layer_decay_groups
 from sspformer.handlers import FreezeEncoder, SaveBestModel, errors_last
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
@@ -271,8 +271,41 @@ def test_classes_weigh_by_the_root_of_their_frequency(tmp_path):
     np.testing.assert_allclose(found @ counts / counts.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(class_weights(items, 3, power=0), 1, rtol=1e-6)
     np.testing.assert_allclose(class_weights(items, 3, power=1).numpy() * counts * 3, counts.sum(), rtol=1e-6)
-    missing = class_weights(items[:1], 4)
-    np.testing.assert_allclose(missing[3] / missing[2], 10, rtol=1e-5)  # as if it had one voxel
+
+
+def test_a_class_that_is_not_seen_weighs_as_the_rarest_that_is(tmp_path):
+    labels = {"seen": [0] * 900 + [2] * 100, "left out": [0] * 900 + [1] * 99 + [3]}
+    for name, label in labels.items():
+        nib.save(nib.Nifti1Image(np.reshape(label, (10, 10, 10)).astype(np.uint8), np.eye(4)), tmp_path / f"{name}.nii")
+    items = [{"label": str(tmp_path / f"{name}.nii")} for name in labels]
+    weights = class_weights(items, 4, max_items=1)
+    assert weights[1] == weights[2] == weights[3] == weights.max()
+    np.testing.assert_allclose(weights[[0, 2]] @ torch.tensor([0.9, 0.1]), 1, rtol=1e-6)
+    assert len(set(class_weights(items, 4).tolist())) == 4
+
+
+def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
+    """nibabel scales float labels into the integers of an image's header, and they come back beside their numbers."""
+    numbers = np.arange(1000).reshape(10, 10, 10) % 10
+    image = nib.Nifti1Image((100 * numbers).astype(np.int16), np.eye(4))
+    label = nib.Nifti1Image(numbers.astype(np.float64), image.affine, image.header)
+    for name, volume in (("images", image), ("labels", label)):
+        (tmp_path / name).mkdir()
+        nib.save(volume, tmp_path / name / "p1.nii.gz")
+    stored = np.asarray(nib.load(tmp_path / "labels/p1.nii.gz").dataobj)
+    assert (stored.astype(np.uint8) != numbers).any()
+
+    def read(config, *entries):
+        parser = ConfigParser()
+        parser.read_config(str(BUNDLE / "configs" / config))
+        parser.config["spacing"] = [1.0, 1.0, 1.0]
+        transforms = [step for entry in entries for step in parser.get_parsed_content(entry)]
+        return Compose(transforms)(item)["label"][0].numpy()
+
+    (item,) = prepare_pairs(tmp_path, classes=10, val_fraction=0)["training"]
+    for label in (read("train.json", "preprocessing", "compact"), read("evaluate.json", "label_loading")):
+        assert label.dtype == np.uint8 and np.array_equal(label, numbers)
+    torch.testing.assert_close(class_weights([item], 10), torch.ones(10))
 
 
 def test_learning_rates_fall_towards_the_first_layer():

@@ -308,6 +308,37 @@ def test_an_output_counts_as_done_only_for_the_same_scan_and_options(tmp_path, t
     assert status("sub2", overwrite=True) and not status("sub2")
 
 
+def test_an_output_beside_a_file_that_is_no_record_of_ours_is_left_alone(tmp_path, threshold):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    foreign = {
+        "a": b'{"SkullStripped": false}',
+        "b": b'{"source": ',
+        "c": b"[1]",
+        "d": b"\xff\xfe",
+        "e": b'{"source": ""}',
+    }
+    out.mkdir()
+    for name in [*foreign, "f"]:
+        write(scans, name, (1000 * phantom()).astype(np.int16), np.diag([2.0, 2, 2, 1]))
+    for name, content in foreign.items():
+        (out / f"{name}_seg.json").write_bytes(content)
+        (out / f"{name}_seg.nii.gz").write_bytes(b"of somebody")
+    with pytest.raises(
+        SystemExit, match=r"5 of 6 scans failed:\n.*a_seg.nii.gz is there already, and a_seg.json beside"
+    ):
+        infer(scans, out, **threshold)
+    assert {name: row["status"] for name, row in report(out).items()} == {
+        **dict.fromkeys(foreign, "failed"),
+        "f": "written",
+    }
+    for name, content in foreign.items():
+        assert (out / f"{name}_seg.json").read_bytes() == content
+        assert (out / f"{name}_seg.nii.gz").read_bytes() == b"of somebody"
+    infer(scans, out, overwrite=True, **threshold)
+    infer(scans, out, **threshold)
+    assert nib.load(out / "a_seg.nii.gz").shape == SHAPE
+
+
 def test_names_are_shown_only_of_a_network_with_as_many_classes_and_a_failing_picture_costs_nothing(
     tmp_path, threshold, monkeypatch, caplog
 ):

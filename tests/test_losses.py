@@ -1,9 +1,10 @@
-"""The pretraining loss: each weight does what it says."""
+"""The losses: each weight and option does what it says."""
 
 import pytest
 import torch
+from monai.losses import DiceCELoss
 
-from sspformer.losses import MaskedReconstructionLoss, normalize_patches
+from sspformer.losses import BalancedDiceCELoss, MaskedReconstructionLoss, normalize_patches
 from sspformer.networks.layers import gather_tokens, patchify
 from sspformer.transforms import MaskSampler
 
@@ -76,3 +77,18 @@ def test_errors():
         MaskedReconstructionLoss(4, visible_weight=1)(masked, target)
     with pytest.raises(ValueError, match="otherwise not"):
         MaskedReconstructionLoss(4)(torch.cat([masked, visible], 1), target)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"lambda_ce": 0.5}])
+def test_cross_entropy_alone_weighs_the_classes_with_all_options_of_monai(options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 6, 6, 6, generator=generator)
+    label = torch.randint(3, (2, 1, 6, 6, 6), generator=generator)
+    options = {"to_onehot_y": True, "softmax": True, **options}
+    torch.testing.assert_close(
+        BalancedDiceCELoss([1, 1, 1], **options)(logits, label), DiceCELoss(**options)(logits, label)
+    )
+    weight = torch.tensor([0.5, 2.0, 5.0])
+    ours, monai = BalancedDiceCELoss(weight, **options), DiceCELoss(weight=weight, **options)
+    torch.testing.assert_close(ours.ce(logits, label), monai.ce(logits, label))
+    torch.testing.assert_close(ours.dice(logits, label), DiceCELoss(**options).dice(logits, label))

@@ -182,6 +182,22 @@ def test_one_subject_in_two_lists_is_warned_of(tmp_path, caplog):
     assert "has scans of p1 in training and in test" in caplog.text
 
 
+def test_the_split_is_kept_as_a_data_set_also_of_a_single_subject(tmp_path):
+    def again(first, output):
+        found = prepare_pairs(tmp_path / output / "datalist.json", tmp_path / f"{output} again")
+        assert {split: names(items) for split, items in found.items()} == first
+        listed = [tmp_path / name / "datalist.json" for name in (output, f"{output} again")]
+        assert listed[0].read_text() == listed[1].read_text()
+
+    for output, cases in {"three": ("p1", "p2", "p3"), "one": ("p1_T1", "p1_T2")}.items():
+        for val_fraction in (0, 0.5):
+            root = folder(tmp_path / f"set of {output}", cases)
+            found = prepare_pairs(root, tmp_path / f"{output} {val_fraction}", val_fraction=val_fraction, seed=1)
+            again({split: names(items) for split, items in found.items()}, f"{output} {val_fraction}")
+    assert found["training"] == found["validation"] and len(found["training"]) == 2
+    assert names(prepare_test_data(tmp_path / "one 0.5" / "datalist.json")) == {"p1_T1", "p1_T2"}
+
+
 def test_fewer_subjects_are_a_subset_of_more(tmp_path):
     folder(tmp_path, [f"p{i}_{scan}" for i in range(8) for scan in ("T1", "T2")])
     options = {"val_fraction": 0.25, "seed": 3, "output_dir": tmp_path / "out"}
@@ -259,16 +275,16 @@ def test_what_fits_in_other_ways(tmp_path):
     folder(tmp_path, ("site/p1", "p2", "p3"))
     label(tmp_path / "labels" / "p2.nii.gz", dtype=np.float64, shape=(*SHAPE, 1), affine=AFFINE + 1e-3 * np.eye(4))
     (tmp_path / "labels" / "p3.nii.gz").unlink()
-    scaled = nib.Nifti1Image(np.resize(np.array([0, 5, 10], np.int16), SHAPE), AFFINE)
-    scaled.header.set_slope_inter(0.2, 0)
+    scaled = nib.Nifti1Image(np.resize(np.array([0, 3, 6], np.int16), SHAPE), AFFINE)
+    scaled.header.set_slope_inter(0.33333, 0)
     nib.save(scaled, tmp_path / "labels" / "p3.nii")
     with nib.openers.Opener(tmp_path / "labels" / "p3.nii", "r+b") as file:  # nibabel divides by the slope itself
         file.seek(352)
-        file.write(np.resize(np.array([0, 5, 10], np.int16), SHAPE).tobytes(order="F"))
+        file.write(np.resize(np.array([0, 3, 6], np.int16), SHAPE).tobytes(order="F"))
     found = prepare_pairs(tmp_path, classes={"0": "background", "1": "a", "2": "b"}, val_fraction=0)
     assert names(found["training"]) == {"p1", "p2", "p3"}
     loaded = LoadScand(["image", "label"])(next(item for item in found["training"] if item["name"] == "p3"))
-    assert loaded["label"].round().unique().tolist() == [0, 1, 2]
+    assert loaded["label"].unique().tolist() == [0, 1, 2]
 
 
 def test_empty_label_maps_and_absent_classes_are_warned_of(tmp_path, caplog):

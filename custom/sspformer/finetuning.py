@@ -83,7 +83,7 @@ def class_weights(items: Sequence[Mapping], n_classes: int, power: float = 0.5, 
 
     Args:
         items: with a ``label`` each, as of :func:`sspformer.data.prepare_pairs`.
-        n_classes: background included; a class that does not occur counts as one voxel.
+        n_classes: background included; a class that does not occur weighs as much as the rarest that does.
         power: 0: all alike; 1: every class has the same sum over its voxels.
         max_items: labels that are read, evenly spaced among all.
 
@@ -100,6 +100,6 @@ def class_weights(items: Sequence[Mapping], n_classes: int, power: float = 0.5, 
                 f"to {n_classes - 1}: mend it, or set --class_names and --network_def#out_channels."
             )
         counts += torch.bincount(label, minlength=n_classes)
-    share = counts.clamp(min=1) / counts.sum()
-    weights = share**-power
+    share = counts / counts.sum()
+    weights = share.clamp(min=share[share > 0].min()) ** -power
     return (weights / (weights * share).sum()).float()

@@ -329,7 +329,7 @@ def unfinished(
 
     Returns:
         the items: with ``done``; or, still to do, with their ``record`` (JSON); or with a ``reason`` if another scan's
-        output has their name.
+        output has their name, or one beside which there is a JSON file but no record.
     """
     pictures, overwrite, dicom = map(str2bool, (pictures, overwrite, dicom))  # strings from the command line
     items = []
@@ -342,18 +342,24 @@ def unfinished(
         output, before = output_path(*where), record_path(*where)
         beside = [picture_path(*where)] if pictures else []
         beside += [dicom_path(*where)] if dicom and is_series(item["image"]) else []
-        written = before.read_text() if output.is_file() and before.is_file() else ""
-        source = json.loads(written)["source"] if written else ""
-        if overwrite or source in ("", json.loads(record)["source"]):
+        written = before.read_text(errors="replace") if output.is_file() and before.is_file() else ""
+        source = _source(written)
+        if overwrite or not written or source == _source(record):
             to_do = overwrite or written != record or not all(_is_newer(path, output) for path in beside)
             items.append({**item, **({"record": record} if to_do else {"done": True})})
         else:
-            reason = (
-                f"{output} is there already, made from {source}: give another output_dir, or replace it with "
-                "--overwrite true"
-            )
+            made = f"made from {source}" if source else f"and {before.name} beside it does not say what from"
+            reason = f"{output} is there already, {made}: give another output_dir, or replace it with --overwrite true"
             items.append({"name": item["name"], "source": item.get("source", ""), "reason": reason})
     return items
+
+
+def _source(record: str) -> str:
+    """What a record says that an output was made from; empty if it is none of ours."""
+    try:
+        return str(json.loads(record)["source"])
+    except (ValueError, TypeError, KeyError):
+        return ""
 
 
 def _is_newer(path: Path, output: Path) -> bool:

@@ -127,4 +127,4 @@ class BalancedDiceCELoss(DiceCELoss):
 
     def __init__(self, class_weight: Tensor | Sequence[float], **kwargs) -> None:
         super().__init__(**kwargs)
-        self.cross_entropy = nn.CrossEntropyLoss(weight=torch.as_tensor(class_weight, dtype=torch.float32))
+        self.cross_entropy.weight = torch.as_tensor(class_weight, dtype=torch.float32)

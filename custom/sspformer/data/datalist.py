@@ -218,15 +218,20 @@ class LazyDatalist(Mapping):
 
 
 def keep_datalist(splits: dict[str, list[dict]], output_dir: str | os.PathLike | None) -> None:
-    """Writes the split to `datalist.json`, a `dataset_dir` for later runs: what was held out of one stays so."""
+    """Writes the split to `datalist.json`, a `dataset_dir` for later runs: what was held out of one stays so.
+
+    Where the same scans serve for training and validation there is no list "validation", and they will again: a
+    datalist names a file once.
+    """
     if output_dir is None:
         return
-    listed, kept = {}, set()
-    for split in reversed(splits):  # a single subject serves for training and validation; a file is listed once
-        items = {str(item["image"]): item for item in splits[split] if str(item["image"]) not in kept}
-        kept |= set(items)
+    if splits["training"] == splits["validation"]:
+        splits = {split: items for split, items in splits.items() if split != "validation"}
+    listed = {}
+    for split, items in splits.items():
+        files = {str(item["image"]): item for item in items}  # of a 4D file there is an item for each volume
         keys = ("image", "label", "subject")
-        listed[split] = [{key: item[key] for key in keys if key in item} for item in items.values()]
+        listed[split] = [{key: item[key] for key in keys if key in item} for item in files.values()]
     write_atomically(Path(output_dir) / "datalist.json", json.dumps(listed, indent=1) + "\n")
 
 

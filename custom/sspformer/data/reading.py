@@ -19,7 +19,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import SpaceKeys
+from monai.utils import SpaceKeys, ensure_tuple
 
 for library in ("pydicom", "highdicom"):  # their warnings quote the header, such as a patient's name
     warnings.filterwarnings("ignore", module=library)
@@ -66,17 +66,30 @@ class LoadScand(MapTransform):
     and comes out as a MetaTensor (1, X, Y, Z) float32 whose affine maps voxels to RAS mm, as MONAI's NibabelReader
     gives it. An item with "volume" gives that volume of its 4D file. DICOM slices are put in order and rescaled.
 
+    Args:
+        keys: entries to read.
+        allow_missing_keys: do not raise if a key is missing.
+        label_keys: those of the keys that are label maps. Their values are rounded: a scaled file holds class numbers
+            to within its scale factor's precision, and a cast to an integer type would cut 0.99999 down to 0.
+
     Raises:
         ValueError: naming the file that cannot be read, or has voxels that are no number, and why.
     """
 
-    def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection = "image",
+        allow_missing_keys: bool = False,
+        label_keys: KeysCollection = "label",
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.label_keys = ensure_tuple(label_keys)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         item = dict(data)
         for key in self.key_iterator(item):
-            item[key] = self._load(item[key], item.get("volume"))
+            volume = self._load(item[key], item.get("volume"))
+            item[key] = volume.round() if key in self.label_keys else volume
         return item
 
     @staticmethod

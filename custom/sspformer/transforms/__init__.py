@@ -27,6 +27,7 @@ from .noise import (
     frequency_weighted_noise,
     noise_weight,
 )
+from .scaling import ScaleBetweenPercentilesd
 from .stripping import RandSkullStripd
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "RandReducedResolutiond",
     "RandSkullStripd",
     "ResolutionSampler",
+    "ScaleBetweenPercentilesd",
     "draw_mask",
     "frequency_weighted_noise",
     "high_frequency_map",
