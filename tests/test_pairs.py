@@ -287,6 +287,27 @@ def test_what_fits_in_other_ways(tmp_path):
     assert loaded["label"].unique().tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("dtype, top", [(np.int16, 100), (np.uint8, 10), (np.int16, 7)])
+def test_floats_that_nibabel_squeezes_into_the_images_type_are_class_numbers(dtype, top, tmp_path):
+    """`nib.Nifti1Image(floats, affine, image.header)`: nibabel scales them, and they come back a little off."""
+    folder(tmp_path)
+    classes = np.resize(np.arange(top + 1, dtype=np.float64), SHAPE)
+    header = nib.Nifti1Image(np.zeros(SHAPE, dtype), AFFINE).header
+    nib.save(nib.Nifti1Image(classes, AFFINE, header), tmp_path / "labels" / "p2.nii.gz")
+    assert np.any(nib.load(tmp_path / "labels" / "p2.nii.gz").get_fdata() != classes)
+    found = prepare_pairs(tmp_path, classes=top + 1, val_fraction=0)["training"]
+    loaded = LoadScand(["image", "label"])(next(item for item in found if item["name"] == "p2"))
+    assert np.array_equal(loaded["label"][0].numpy(), classes)
+
+
+def test_a_map_of_probabilities_is_none_of_class_numbers(tmp_path):
+    folder(tmp_path)
+    soft = np.resize(np.linspace(0, 1, 50), SHAPE)
+    header = nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE).header
+    nib.save(nib.Nifti1Image(soft, AFFINE, header), tmp_path / "labels" / "p2.nii.gz")
+    assert "not integers" in refused(tmp_path, classes=3)
+
+
 def test_empty_label_maps_and_absent_classes_are_warned_of(tmp_path, caplog):
     folder(tmp_path)
     label(tmp_path / "labels" / "p2.nii.gz", (0,))

@@ -20,7 +20,7 @@ from .reading import Unusable, by, check_size, read_dicom, without_ones
 
 logger = logging.getLogger("sspformer")
 
-CHECK_VERSION = 3  # raise it whenever the check below changes, so that results cached by an older one are not used
+CHECK_VERSION = 4  # raise it whenever the check below changes, so that results cached by an older one are not used
 NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
 
 
@@ -46,10 +46,13 @@ def check_label(files: list[Path]) -> dict:
     if len(shape := without_ones(image.shape)) > 3:
         raise Unusable(f"4D (shape {by(shape)}): a label map is one volume of class numbers")
     values, counts = np.unique(voxels, return_counts=True)
-    values = values * float(image.dataobj.slope) + float(image.dataobj.inter)
-    whole = np.isfinite(values) & (np.abs(values - np.round(values)) < 1e-4)  # scl_slope is a float32
+    slope = float(image.dataobj.slope)
+    values = values * slope + float(image.dataobj.inter)
+    stored_whole = np.issubdtype(image.get_data_dtype(), np.integer)  # then to half a step of the scale
+    tolerance = max(1e-4, min(0.1, 0.51 * abs(slope))) if stored_whole else 1e-4
+    whole = np.isfinite(values) & (np.abs(values - np.round(values)) < tolerance)
     if not whole.all():
-        examples = ", ".join(f"{value:.4g}" for value in values[~whole][:3])
+        examples = ", ".join(f"{value:.7g}" for value in values[~whole][:3])
         raise Unusable(f"its values are not integers (such as {examples}), so it is not a map of class numbers")
     return grid | {"values": {str(int(v)): int(n) for v, n in zip(np.round(values), counts, strict=True)}}
 
