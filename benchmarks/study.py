@@ -54,13 +54,14 @@ ARMS: dict[str, tuple[list[str], float]] = {
     "hard": ([str(CONFIGS / "hard_patches.json"), "--beta", "0.5", "--beta_warmup_share", "1.0"], 0.7),
     "constant": (["--beta", "0.5", "--beta_warmup_share", "0.0"], 1.0),
     "hints": (["--beta", "0.5", "--mask#hints", "0.05"], 1.0),
+    "falling": ([str(CONFIGS / "falling_beta.json"), "--beta", "0.5"], 1.0),
     "random_clean": (["--beta", "0.0", "--noise", "null"], 1.0),
     "scheduled_clean": (["--beta", "0.5", "--noise", "null"], 1.0),
     "random_long": (["--beta", "0.0"], 7.5),
     "scheduled_long": (["--beta", "0.5"], 7.5),
 }
 LONG = ("random_long", "scheduled_long")  # pretrained with seed 0 alone; fine-tuned with every seed
-ONCE = ("hard", "constant", "hints")  # in the reduced matrix with seed 0 alone, as the peers are
+ONCE = ("hard", "constant", "hints", "falling")  # in the reduced matrix with seed 0 alone, as the peers are
 PRETRAINING = (
     {"training": ["train"], "validation": ["val"]},
     ["heads/", "brain_structures/images/"],
@@ -87,6 +88,8 @@ COMPARISONS = (
     ("hard", "random", False),
     ("constant", "random", False),
     ("hints", "random", False),
+    ("falling", "random", False),
+    ("falling", "scheduled", False),
     ("random", "random_clean", False),
     ("scheduled", "scheduled_clean", False),
     ("scheduled_clean", "random_clean", False),
