@@ -393,7 +393,7 @@ class Study:
 def keep(path: Path, text: str) -> Path:
     """A text file that other runs may be reading or writing."""
     if not path.is_file() or path.read_text() != text:
-        with replacing(path) as part:
+        with replacing(path, shared=True) as part:
             part.write_text(text)
     return path
 

@@ -87,7 +87,7 @@ def test_beta_follows_its_schedule_and_the_learning_rate_warms_up_and_falls(trai
     rows = history(trained[0])
     beta = [float(row["beta"]) for row in rows]
     rate = [float(row["learning_rate"]) for row in rows]
-    assert beta[0] == 0 and beta[7:] == [1.0] * 9 and np.all(np.diff(beta) >= 0)
+    assert beta[0] == 0 and beta[7:] == [0.5] * 9 and np.all(np.diff(beta) >= 0)
     assert rate[0] == max(rate) and rate[-1] < 1e-3 * max(rate)
 
 

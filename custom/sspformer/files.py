@@ -16,12 +16,17 @@ def is_null(value) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
     """A path beside the file to write to, which then takes the file's place: a kill leaves the old file or the new one,
-    never half of one, and processes that write the same file do not mix theirs. The folder is made."""
+    never half of one. The folder is made.
+
+    Args:
+        path: of the file.
+        shared: several processes may write it at the same time. Else what a killed one left is written over.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
         yield part
         os.replace(part, path)

@@ -36,7 +36,7 @@ class CachedDataset(PersistentDataset):
             except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
                 warnings.warn(f"{file} cannot be read ({type(error).__name__}) and is made anew", stacklevel=2)
         content = self._pre_transform(deepcopy(item_transformed))
-        with contextlib.suppress(PermissionError), replacing(file) as part:  # a cache that is only read
+        with contextlib.suppress(PermissionError), replacing(file, shared=True) as part:  # a cache that is only read
             torch.save(convert_to_tensor(content, convert_numeric=False, track_meta=self.track_meta), part)
         return content
 

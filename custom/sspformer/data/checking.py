@@ -180,7 +180,7 @@ def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file, which several processes of one run may do at the same time."""
-    with replacing(path) as part:
+    with replacing(path, shared=True) as part:
         part.write_text(text, encoding="utf-8", newline="")
 
 
