@@ -775,17 +775,17 @@ def plot_labels(summary: Sequence[dict], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in summary))
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks):
-        for start in EVERY:
-            rows = [row for row in summary if row["task"] == task and row["arm"] == start]
-            if not rows:
-                continue
-            shift = 1 + 0.02 * (EVERY.index(start) - 6)  # so that intervals stand side by side
+        of_arms = {start: [row for row in summary if row["task"] == task and row["arm"] == start] for start in EVERY}
+        of_arms = {start: rows for start, rows in of_arms.items() if rows}
+        for at, (start, rows) in enumerate(of_arms.items()):
+            shift = 1 + 0.04 * (at - (len(of_arms) - 1) / 2)  # so that intervals stand side by side
             x = [row["n_labels"] * shift for row in rows]
             y = [row["mean"] for row in rows]
             spread = [[row["mean"] - row["low"] for row in rows], [row["high"] - row["mean"] for row in rows]]
             line = "-" if start in MAIN else ""
             axis.errorbar(x, y, spread, fmt=line, marker="o", ms=4, capsize=2, lw=1.2, label=start.replace("_", ", "))
         axis.set_xscale("log")
+        axis.set_xlim(TASKS[task]["labels"][0] / 1.3, TASKS[task]["labels"][-1] * 1.3)
         axis.set_xticks(TASKS[task]["labels"], [str(n) for n in TASKS[task]["labels"]])
         axis.minorticks_off()
         axis.set_title(task.replace("_", " "))
