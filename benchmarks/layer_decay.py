@@ -54,14 +54,12 @@ def main() -> None:
     study = Study(args.data_dir, args.work_dir, args.jobs)
     settings = [(start, decay, seed) for seed in args.seeds for start, decay in RUNS]
     runs = [fine_tuning(study, *setting, args.steps) for setting in settings]
-    failed = run_all([cell for cell, _ in runs], args.jobs)
+    if failed := run_all([cell for cell, _ in runs], args.jobs):
+        raise SystemExit(f"{len(failed)} runs failed, and no table is written: {', '.join(failed)}")
     rows = [
         {"start": start, "layer_decay": decay, "seed": seed, "steps": args.steps, **result(output)}
-        for (start, decay, seed), (cell, output) in zip(settings, runs, strict=True)
-        if cell.complete()
+        for (start, decay, seed), (_, output) in zip(settings, runs, strict=True)
     ]
-    if failed:
-        raise SystemExit(f"{len(failed)} runs failed, and no table is written: {', '.join(failed)}")
     write_csv(RESULTS / "layer_decay.csv", rows)
     print_table(list(rows[0]), [list(row.values()) for row in rows])
 

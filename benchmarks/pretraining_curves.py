@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from _common import RESULTS, write_csv
+from _restoration import DATA
 
 HERE = Path(__file__).resolve().parent
 BUNDLE = HERE.parent / "bundle"
@@ -56,9 +57,7 @@ def write_datalist(data: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data_dir", type=Path, default=HERE.parents[1] / "shared" / "data", help="folder with manifest.csv"
-    )
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder with manifest.csv")
     parser.add_argument("--work", type=Path, default=HERE.parent / "output" / "curves", help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=40)

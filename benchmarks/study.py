@@ -39,7 +39,7 @@ from _common import RESULTS, print_table, write_csv
 from _restoration import CONFIGS, DATA, ROOT, training_scans
 from scipy import stats
 
-from sspformer.files import replacing
+from sspformer.data.checking import write_atomically
 
 
 def torchio(name: str, **options) -> dict[str, object]:
@@ -393,8 +393,7 @@ class Study:
 def keep(path: Path, text: str) -> Path:
     """A text file that other runs may be reading or writing."""
     if not path.is_file() or path.read_text() != text:
-        with replacing(path, shared=True) as part:
-            part.write_text(text)
+        write_atomically(path, text)
     return path
 
 
@@ -638,9 +637,7 @@ def report(study: Study) -> None:
         plot_labels(summary, RESULTS / "study_labels.png")
     if restored:
         write_csv(RESULTS / "study_restoration.csv", restored)
-        every = [
-            {**row, "degradation": "mean of all"} for row in mean_over(restored, "degradation", "gain", N_DEGRADATIONS)
-        ]
+        every = mean_over(restored, "degradation", "gain", N_DEGRADATIONS)
         summary = compare(every, ["task", "degradation"], N_PRIMARY, "gain", 3)
         summary += compare(restored, ["task", "degradation"], None, "gain", 3)
         publish(summary, "study_restoration_summary.csv")
@@ -653,10 +650,7 @@ def report(study: Study) -> None:
             for row in robust
             if (scan := (row["task"], row["n_labels"], row["start"], row["seed"], row["subject"])) in before
         ]
-        every = [
-            {**row, "artifact": "mean of all"}
-            for row in mean_over(losses, "artifact", "dice", {ROBUSTNESS[0]: len(ARTIFACTS)})
-        ]
+        every = mean_over(losses, "artifact", "dice", {ROBUSTNESS[0]: len(ARTIFACTS)})
         write_csv(RESULTS / "study_robustness.csv", robust)
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         publish(summary, "study_robustness_summary.csv")
@@ -675,13 +669,14 @@ def publish(summary: Sequence[dict], name: str) -> None:
 
 
 def mean_over(rows: Sequence[dict], column: str, score: str, wanted: Mapping[str, int]) -> list[dict]:
-    """Rows averaged over the values of a column, where a run has as many of them as a task should."""
+    """Rows averaged over the values of a column, which becomes "mean of all", where a run has as many of them as a task
+    should."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         group = tuple(value for name, value in row.items() if name not in (column, score))
         groups.setdefault(group, []).append(row)
     return [
-        {**group[0], score: sum(row[score] for row in group) / len(group)}
+        {**group[0], column: "mean of all", score: sum(row[score] for row in group) / len(group)}
         for group in groups.values()
         if len(group) == wanted[group[0]["task"]]
     ]
@@ -691,11 +686,15 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
     """The tables of bundle/docs/STUDY.md, in markdown, by their names there: a mean, the 95 % interval of a difference,
     and in brackets the number of seeds where it is not three."""
     restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in LEVELS}}
-    few = {("brain_structures", n): f"17 structures, {n} labelled, Dice" for n in TASKS["brain_structures"]["labels"]}
-    few |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in TASKS["hippocampus"]["labels"]}
-    few |= {("denoising", key): f"denoising, {name}, dB" for key, name in restored.items()}
+    groups = {
+        ("brain_structures", n): f"17 structures, {n} labelled, Dice" for n in TASKS["brain_structures"]["labels"]
+    }
+    groups |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in TASKS["hippocampus"]["labels"]}
+    groups |= {("denoising", key): f"denoising, {name}, dB" for key, name in restored.items()}
     degradations = ("mean of all", *DEGRADATIONS)
-    few |= {("super_resolution", key): f"super-resolution, {key.removesuffix(' of all')}, dB" for key in degradations}
+    groups |= {
+        ("super_resolution", key): f"super-resolution, {key.removesuffix(' of all')}, dB" for key in degradations
+    }
     robust = [(*ROBUSTNESS, artifact) for artifact in (*ARTIFACTS, "mean of all")]
     cells = {}
     for row in summary:
@@ -724,7 +723,7 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
     main = arms(*MAIN, "scheduled_long - scratch", "scheduled_long - random_long")
     short = [arm for arm in ARMS if arm not in LONG]
     pairs = [f"{a} - {b}" for a, b, _ in COMPARISONS if a in short]
-    levels = {key: name for key, name in few.items() if key[0] == SHORT_TASK}
+    levels = {key: name for key, name in groups.items() if key[0] == SHORT_TASK}
     names = {
         "masked_error": "all hidden patches",
         "high_frequency_error": "quarter with the highest energy",
@@ -739,10 +738,10 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
         for row in pretrained
     ]
     return {
-        "main": table(few, main),
+        "main": table(groups, main),
         "short": table(arms("scratch", *short, *pairs), levels, by_arm=True),
-        "segmentation peers": table(few, against_peers(PEERS)),
-        "restoration peers": table(few, against_peers((*RESTORATION_PEERS, "cubic"))),
+        "segmentation peers": table(groups, against_peers(PEERS)),
+        "restoration peers": table(groups, against_peers((*RESTORATION_PEERS, "cubic"))),
         "robustness": table({group: group[-1] for group in robust}, main),
         "pretraining": markdown(["arm", "seeds", *names.values()], body),
     }

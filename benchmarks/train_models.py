@@ -17,6 +17,15 @@ from study import DATA, PRETRAINING, ROOT, TASKS, Study, as_options
 
 MODELS_DIR = ROOT / "bundle" / "models"
 ENCODER = MODELS_DIR / "pretrained" / "encoder.pt"
+#: of both stages of the hippocampus
+HIPPOCAMPUS = {
+    "epochs": 60,
+    "crops_per_scan": 1,
+    "batch_size": 4,
+    "val_interval": 10,
+    "layer_decay": 0.75,
+    "max_val_scans": 52,
+}
 #: model: workflow, overlays, options of the training, and of what goes on from there with a new schedule
 MODELS = {
     "pretrained": (
@@ -37,23 +46,8 @@ MODELS = {
         "train",
         ["hippocampus"],
         [
-            {
-                "epochs": 60,
-                "crops_per_scan": 1,
-                "batch_size": 4,
-                "val_interval": 10,
-                "layer_decay": 0.75,
-                "max_val_scans": 52,
-            },
-            {
-                "epochs": 60,
-                "crops_per_scan": 1,
-                "batch_size": 4,
-                "val_interval": 10,
-                "layer_decay": 0.75,
-                "learning_rate": 0.001,
-                "max_val_scans": 52,
-            },
+            HIPPOCAMPUS,
+            {**HIPPOCAMPUS, "learning_rate": 0.001},
         ],
     ),
     "denoising": ("train", ["denoising"], [{"epochs": 36, "val_interval": 9}]),

@@ -51,31 +51,6 @@ def pair(case, images="images", labels="labels"):
     return {"image": f"./{images}/{case}.nii.gz", "label": f"./{labels}/{case}.nii.gz"}
 
 
-def test_a_file_of_the_cache_that_was_cut_off_is_made_anew(tmp_path):
-    items = prepare_pairs(folder(tmp_path / "set"), tmp_path / "out", val_fraction=0)["training"]
-    keep = Compose([LoadScand(["image", "label"]), KeepAffined(["image", "label"])])
-
-    def cached():
-        return data.CachedDataset(items, keep, tmp_path / "cache", hash_func=data.file_hashing, track_meta=True)
-
-    before = [item["image"].sum().item() for item in cached()]
-    files = sorted((tmp_path / "cache").iterdir())
-    whole = [file.read_bytes() for file in files]
-    for file, length in zip(files, (0, 10, 2000, len(whole[3]) - 100), strict=True):
-        file.write_bytes(file.read_bytes()[:length])
-    with pytest.warns(UserWarning, match="cannot be read .* made anew"):
-        assert [item["image"].sum().item() for item in cached()] == before
-    assert [len(file.read_bytes()) for file in files] == [len(content) for content in whole]
-    assert [item["image"].sum().item() for item in cached()] == before
-    assert sorted((tmp_path / "cache").iterdir()) == files
-
-
-@pytest.mark.parametrize("word", ["null", "None", None])
-def test_the_command_lines_words_for_none(word, tmp_path):
-    found = prepare_pairs(folder(tmp_path / "set"), tmp_path / "out", max_subjects=word, subject_pattern=word)
-    assert len(found["training"]) + len(found["validation"]) == 4
-
-
 def names(items):
     return {item["name"] for item in items}
 
@@ -106,6 +81,31 @@ def test_a_corrected_file_is_not_taken_from_the_cache(part, tmp_path):
     assert cached() == first and len(list((tmp_path / "cache").iterdir())) == 4
     label(tmp_path / "set" / part / "p2.nii.gz", (0, 3, 5))
     assert cached() == first | {"p2": 5} and len(list((tmp_path / "cache").iterdir())) == 5
+
+
+def test_a_file_of_the_cache_that_was_cut_off_is_made_anew(tmp_path):
+    items = prepare_pairs(folder(tmp_path / "set"), tmp_path / "out", val_fraction=0)["training"]
+    keep = Compose([LoadScand(["image", "label"]), KeepAffined(["image", "label"])])
+
+    def cached():
+        return data.CachedDataset(items, keep, tmp_path / "cache", hash_func=data.file_hashing, track_meta=True)
+
+    before = [item["image"].sum().item() for item in cached()]
+    files = sorted((tmp_path / "cache").iterdir())
+    whole = [file.read_bytes() for file in files]
+    for file, length in zip(files, (0, 10, 2000, len(whole[3]) - 100), strict=True):
+        file.write_bytes(file.read_bytes()[:length])
+    with pytest.warns(UserWarning, match="cannot be read .* made anew"):
+        assert [item["image"].sum().item() for item in cached()] == before
+    assert [len(file.read_bytes()) for file in files] == [len(content) for content in whole]
+    assert [item["image"].sum().item() for item in cached()] == before
+    assert sorted((tmp_path / "cache").iterdir()) == files
+
+
+@pytest.mark.parametrize("word", ["null", "None", None])
+def test_the_command_lines_words_for_none(word, tmp_path):
+    found = prepare_pairs(folder(tmp_path / "set"), tmp_path / "out", max_subjects=word, subject_pattern=word)
+    assert len(found["training"]) + len(found["validation"]) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -257,8 +257,7 @@ class EvaluationReport:
             {
                 "metric": name,
                 **{column: values[j] for column, values in key.items()},
-                **summarize(_mean_of_subjects(scores[:, j], self.subjects), self.seed),
-                "infinite": int(np.isinf(scores[:, j]).sum()),
+                **summarize(scores[:, j], self.seed, self.subjects),
             }
             for name, scores in details.items()
             for j in range(len(structures))
@@ -273,10 +272,17 @@ class EvaluationReport:
         logger.info(f"{said} evaluated; scores in {self.directory}\n{_table(summary)}")
 
 
-def summarize(scores: np.ndarray, seed: int = 0) -> dict[str, float | int]:
+def summarize(scores: np.ndarray, seed: int = 0, subjects: Sequence[str] | None = None) -> dict[str, float | int]:
     """Number, mean, 95 % confidence interval of the mean, standard deviation and median of the finite scores of
-    subjects, and the number of infinite ones; nan where there are too few."""
-    finite = scores[np.isfinite(scores)]
+    subjects, and the number of infinite ones; nan where there are too few.
+
+    Args:
+        scores: one number a scan, ``(N,)``.
+        seed: of the bootstrap.
+        subjects: whose scan each is, who then count once; None: each of another.
+    """
+    of_subjects = scores if subjects is None else _mean_of_subjects(scores, subjects)
+    finite = of_subjects[np.isfinite(of_subjects)]
     low, high = bootstrap_interval(finite, seed=seed)
     enough = len(finite) > 0
     return {

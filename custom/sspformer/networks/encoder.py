@@ -81,15 +81,14 @@ class SSPFormerEncoder(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         own = self.layout.tolist()
         layout = state_dict.setdefault(f"{prefix}layout", self.layout).tolist()  # files of before there was one
-        if len(layout) == len(own):  # other numbers of dimensions are of another shape
+        if len(layout) == len(own) and layout != own:  # other numbers of dimensions are of another shape
             state_dict[f"{prefix}layout"] = self.layout  # it says what this network is, whatever is loaded
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if len(layout) == len(own) and layout != own:
             *_, errors = args
             errors.append(
                 f"{prefix}layout: the weights are of {layout[0]} attention heads, {layout[1]} channels and patches of "
                 f"{layout[2:]}, the network of {own[0]}, {own[1]} and {own[2:]}"
             )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def grid(self, image_size: list[int]) -> list[int]:
         """Token grid of an image: ``ceil(S / patch_size)``."""
