@@ -5,11 +5,11 @@
 
 Other networks at equal time of training are in ``study.py``, which runs this script on them.
 
-Scans: the test split of ``heads`` in the manifest, whose subjects no training has seen. Noise of 1, 3, 5, 7 and 9 % is
-added to the whole scan by :func:`sspformer.transforms.frequency_weighted_noise` with ``alpha=0``, which is exactly
-Rician. The level is the standard deviation over the intensity range, 0 to the 99.5th percentile (the brightest voxel,
-which the function itself refers to, is up to four times that). Then the region around the middle of the head
-(``--region``) is cut out, and every method gets the same region, as BM4D is slow.
+Scans: the test split of ``heads`` in the manifest, whose subjects no training has seen. Noise of 1 to 15 %
+(``--levels``) is added to the whole scan by :func:`sspformer.transforms.frequency_weighted_noise` with ``alpha=0``,
+which is exactly Rician. The level is the standard deviation over the intensity range, 0 to the 99.5th percentile (the
+brightest voxel, which the function itself refers to, is up to four times that). Then the region around the middle of
+the head (``--region``) is cut out, and every method gets the same region, as BM4D is slow.
 
 Contenders:
 
