@@ -99,6 +99,7 @@ COMPARISONS = (
 )
 N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
 SEEDS = (0, 1, 2)
+PAGE = ROOT / "bundle" / "docs" / "STUDY.md"  # of the tables and the picture of the report
 TASKS = {
     # crops a step, steps, numbers of labelled subjects
     "brain_structures": {
@@ -634,7 +635,7 @@ def report(study: Study) -> None:
         summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
         publish(summary, "study_segmentation_summary.csv")
         summaries += summary
-        plot_labels(summary, RESULTS / "study_labels.png")
+        plot_labels(clean, PAGE.with_name("study_labels.png"))
     if restored:
         write_csv(RESULTS / "study_restoration.csv", restored)
         every = mean_over(restored, "degradation", "gain", N_DEGRADATIONS)
@@ -655,9 +656,8 @@ def report(study: Study) -> None:
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         publish(summary, "study_robustness_summary.csv")
         summaries += summary
-    page = ROOT / "bundle" / "docs" / "STUDY.md"
-    page.write_text(with_tables(page.read_text(), page_tables(summaries, pretrained)))
-    print(f"tables written to {page}")
+    PAGE.write_text(with_tables(PAGE.read_text(), page_tables(summaries, pretrained)))
+    print(f"tables written to {PAGE}")
 
 
 def publish(summary: Sequence[dict], name: str) -> None:
@@ -764,30 +764,45 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def plot_labels(summary: Sequence[dict], path: Path) -> None:
-    """Dice against the number of labelled subjects."""
+def plot_labels(rows: Sequence[dict], path: Path) -> None:
+    """Dice against the number of labelled subjects. Lines and intervals are of the seeds that the arms of `MAIN` have
+    with every number of labels, as seeds differ by more than arms; pale points are single runs, of all seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(row["task"] for row in summary))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    shown = [start for start in EVERY if any(row["start"] == start for row in rows)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks):
-        of_arms = {start: [row for row in summary if row["task"] == task and row["arm"] == start] for start in EVERY}
-        of_arms = {start: rows for start, rows in of_arms.items() if rows}
-        for at, (start, rows) in enumerate(of_arms.items()):
-            shift = 1 + 0.04 * (at - (len(of_arms) - 1) / 2)  # so that intervals stand side by side
-            x = [row["n_labels"] * shift for row in rows]
-            y = [row["mean"] for row in rows]
-            spread = [[row["mean"] - row["low"] for row in rows], [row["high"] - row["mean"] for row in rows]]
+        here = [row for row in rows if row["task"] == task]
+        labels = sorted({row["n_labels"] for row in here})
+        tables = {n: tables_of([row for row in here if row["n_labels"] == n], "dice") for n in labels}
+        _, common = as_array(*(tables[n].get(start, {}) for n in labels for start in MAIN))
+        starts = [start for start in shown if any(start in tables[n] for n in labels)]
+        for at, start in enumerate(starts):
+            shift = 1 + 0.04 * (at - (len(starts) - 1) / 2)  # so that intervals stand side by side
             line = "-" if start in MAIN else ""
-            axis.errorbar(x, y, spread, fmt=line, marker="o", ms=4, capsize=2, lw=1.2, label=start.replace("_", ", "))
+            color = f"C{shown.index(start)}"  # the same in both panels
+            points = []
+            for n in labels:
+                if start in tables[n]:
+                    (values,), seeds = as_array(tables[n][start])
+                    axis.scatter([n * shift] * len(values), values.mean(axis=1), s=10, alpha=0.35, color=color)
+                    kept = values[[seed in common for seed in sorted(seeds)]]
+                    if len(kept):
+                        low, high = interval(kept)
+                        points.append((n * shift, mean := kept.mean(), mean - low, high - mean))
+            x, y, *spread = np.asarray(points).reshape(-1, 4).T
+            label = start.replace("_", ", ")
+            axis.errorbar(x, y, spread, fmt=line, marker="o", ms=4, capsize=2, lw=1.2, label=label, color=color)
         axis.set_xscale("log")
-        axis.set_xlim(TASKS[task]["labels"][0] / 1.3, TASKS[task]["labels"][-1] * 1.3)
-        axis.set_xticks(TASKS[task]["labels"], [str(n) for n in TASKS[task]["labels"]])
+        axis.set_xlim(labels[0] / 1.3, labels[-1] * 1.3)
+        axis.set_xticks(labels, [str(n) for n in labels])
         axis.minorticks_off()
-        axis.set_title(task.replace("_", " "))
+        seeds = f"seed{'s' * (len(common) > 1)} {', '.join(map(str, sorted(common)))}"
+        axis.set_title(f"{task.replace('_', ' ')} (lines: {seeds})", fontsize=10)
         axis.set_xlabel("labelled subjects")
         axis.set_ylabel("mean Dice of the test subjects")
         axis.grid(alpha=0.3)

@@ -266,5 +266,5 @@ def test_the_page_of_the_study_shows_what_the_results_say():
 
     files = sorted(study.RESULTS.glob("study_*_summary.csv"))
     tables = study.page_tables([row for file in files for row in rows(file)], rows("study_pretraining.csv"))
-    page = (study.ROOT / "bundle" / "docs" / "STUDY.md").read_text()
+    page = study.PAGE.read_text()
     assert page == study.with_tables(page, tables)
