@@ -12,7 +12,9 @@ changes another setting in this file removes the folders that it concerns.
 - ``restore``: `train.json` with the overlay of denoising or super-resolution, likewise, then `denoising.py` or
   `super_resolution.py` on the test scans;
 - ``robustness``: `evaluate.json` again, on test scans with artifacts;
-- ``report``: tables with intervals and pictures of what is complete, in ``results/study_*``.
+- ``report``: the rows of what is complete are put into the published ones, ``results/study_*.csv``, in place of those
+  of the same runs; from all of them tables with intervals, in ``results`` and in the page, and the picture. Needs
+  neither data nor runs. Who starts a study of other data, or with other settings, removes the published rows.
 
 ``--jobs`` runs at a time, each with its share of the CPU cores, in the order of the protocol: all of one seed before
 the next. ``--full``: every arm with every number of labels, as the protocol wants it where there is a GPU.
@@ -32,6 +34,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -188,12 +191,21 @@ class Study:
     def __init__(self, data_dir: Path, work_dir: Path, jobs: int) -> None:
         self.data_dir, self.work_dir = data_dir.resolve(), work_dir.resolve()
         self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-        if not (self.data_dir / "manifest.csv").is_file():
-            raise SystemExit(f"no manifest.csv in {data_dir}: give the folder of the shared data with --data_dir")
-        with (self.data_dir / "manifest.csv").open(newline="", encoding="utf-8") as file:
-            self.manifest = list(csv.DictReader(file))
 
     # -- data ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def manifest(self) -> list[dict[str, str]]:
+        """Rows of manifest.csv.
+
+        Raises:
+            SystemExit: if there is no such file.
+        """
+        file = self.data_dir / "manifest.csv"
+        if not file.is_file():
+            raise SystemExit(f"no manifest.csv in {self.data_dir}: give the folder of the shared data with --data_dir")
+        with file.open(newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))
 
     def datalist(
         self, name: str, splits: dict[str, Sequence[str]], folders: Sequence[str], files: Collection[str] | None = None
@@ -618,18 +630,16 @@ def statistics(name: str, values: np.ndarray, digits: int, corrected: float | No
 
 
 def report(study: Study) -> None:
-    """Tables and pictures of all that is complete, whatever else this call was for.
-
-    Raises:
-        SystemExit: if nothing is, so that nothing takes the place of what was published.
-    """
-    if pretrained := collect_pretraining(study):
-        publish(pretrained, "study_pretraining.csv")
+    """Tables and pictures of the published rows, with those of all runs that are complete here put in, whatever else
+    this call was for: so that the tables can be made without a run, and a study can go on on another machine."""
     clean, robust = collect(study)
+    pretrained = with_published("study_pretraining.csv", collect_pretraining(study), ["arm"])
+    clean = with_published("study_segmentation.csv", clean)
+    restored = with_published("study_restoration.csv", collect_restoration(study))
+    robust = with_published("study_robustness.csv", robust)
     summaries: list[dict] = []
-    restored = collect_restoration(study)
-    if not (pretrained or clean or restored):
-        raise SystemExit(f"no run in {study.work_dir} is complete: there is nothing to report")
+    if pretrained:
+        publish(pretrained, "study_pretraining.csv")
     if clean:
         write_csv(RESULTS / "study_segmentation.csv", clean)
         summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
@@ -658,6 +668,36 @@ def report(study: Study) -> None:
         summaries += summary
     PAGE.write_text(with_tables(PAGE.read_text(), page_tables(summaries, pretrained)))
     print(f"tables written to {PAGE}")
+
+
+def read_results(name: str) -> list[dict]:
+    """The rows of a CSV file in the results, without empty cells; none if there is no such file."""
+    if not (RESULTS / name).is_file():
+        return []
+    texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed"}
+    kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds"), int)}
+    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return [{k: kinds.get(k, float)(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def with_published(
+    name: str,
+    rows: Sequence[dict],
+    run: Sequence[str] = ("task", "n_labels", "degradation", "artifact", "start", "seed"),
+) -> list[dict]:
+    """The rows of a CSV file in the results, those of the same runs taken out, and these.
+
+    Args:
+        name: file.
+        rows: of the runs here.
+        run: columns, of those that there are, that tell one run from another.
+    """
+
+    def of(row: Mapping) -> tuple:
+        return tuple(row.get(column) for column in run)
+
+    here = {of(row) for row in rows}
+    return [*(row for row in read_results(name) if of(row) not in here), *rows]
 
 
 def publish(summary: Sequence[dict], name: str) -> None:
@@ -825,6 +865,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
     study = Study(args.data_dir, args.work_dir, args.jobs)
+    if args.stages != ["report"]:
+        study.manifest  # noqa: B018  (before hours are spent)
     cells, failed = matrix(study, args), []
     for stage in args.stages:
         if stage != "report":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -254,17 +253,35 @@ def test_a_page_gets_its_tables_anew():
 
 
 def test_the_page_of_the_study_shows_what_the_results_say():
-    texts = {"task", "degradation", "artifact", "arm", "of_each_seed"}
-
-    def rows(name):
-        with (study.RESULTS / name).open(newline="") as file:
-            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-        return [
-            {k: v if k in texts else int(v) if k in ("n_labels", "seeds") else float(v) for k, v in row.items()}
-            for row in rows
-        ]
-
     files = sorted(study.RESULTS.glob("study_*_summary.csv"))
-    tables = study.page_tables([row for file in files for row in rows(file)], rows("study_pretraining.csv"))
+    summary = [row for file in files for row in study.read_results(file.name)]
+    tables = study.page_tables(summary, study.read_results("study_pretraining.csv"))
     page = study.PAGE.read_text()
     assert page == study.with_tables(page, tables)
+
+
+def test_runs_take_the_place_of_the_same_published_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+
+    def scores(seed, **dice):
+        run = {"task": "hippocampus", "n_labels": 10, "start": "scratch", "seed": seed}
+        return [run | {"subject": subject, "dice": score} for subject, score in dice.items()]
+
+    assert study.with_published("rows.csv", scores(0, a=0.8)) == scores(0, a=0.8)
+    study.write_csv(tmp_path / "rows.csv", [*scores(0, a=0.8, b=0.9), *scores(1, a=0.7, b=0.6)])
+    assert study.with_published("rows.csv", []) == [*scores(0, a=0.8, b=0.9), *scores(1, a=0.7, b=0.6)]
+    together = study.with_published("rows.csv", [*scores(1, a=0.5), *scores(2, a=0.4)])
+    assert together == [*scores(0, a=0.8, b=0.9), *scores(1, a=0.5), *scores(2, a=0.4)]
+
+
+def test_the_published_intervals_are_those_of_the_published_rows():
+    rows = [row for row in study.read_results("study_segmentation.csv") if row["task"] == "hippocampus"]
+    wanted = [
+        row
+        for row in study.read_results("study_segmentation_summary.csv")
+        if (row["task"], row["n_labels"]) == ("hippocampus", 10)
+    ]
+    assert len(wanted) > 3
+    assert (
+        study.compare([row for row in rows if row["n_labels"] == 10], ["task", "n_labels"], study.N_PRIMARY) == wanted
+    )
