@@ -149,12 +149,13 @@ def test_segmentation_through_a_coarser_grid_of_oblique_anisotropic_scans(tmp_pa
         assert np.linalg.norm(off) < 0.4, (ORIENTATIONS[i], off)  # mm; half a voxel of the network's grid is 0.75
 
 
-def test_labels_are_those_of_linear_interpolation_also_on_a_sheared_grid():
+@pytest.mark.parametrize("shear", [0, 0.2])
+def test_labels_are_those_of_linear_interpolation_also_on_a_sheared_grid(shear):
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(5, 9, 8, 7)).astype(np.float32)
     affine = scan_affine((0, 1, 2), (1, 1, 1), (2, 2, 2))
     target = scan_affine((2, 0, 1), (-1, 1, -1), (1.1, 0.7, 1.9), (20, 5, -9))
-    target[0, 1] += 0.2
+    target[0, 1] += shear
     target[:3, 3] = affine[:3, :3] @ [4, 3, 3] + affine[:3, 3] - target[:3, :3] @ [5, 6, 4]
     step = np.linalg.solve(affine, target)
     expected = np.stack(
