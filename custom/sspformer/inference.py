@@ -166,9 +166,8 @@ def _interpolate_by_axis(
     """Slabs of a grid whose axes are those of the scores: matrix products, faster than ``grid_sample``."""
     scores = scores.permute(0, *(1 + axes))
     weights = []
-    for axis, n in zip(axes, shape, strict=True):
-        side = scores.shape[1 + len(weights)]
-        at = (to_scores[axis, len(weights)] * np.arange(n) + to_scores[axis, 3]).clip(0, side - 1)
+    for i, (axis, n, side) in enumerate(zip(axes, shape, scores.shape[1:], strict=True)):
+        at = (to_scores[axis, i] * np.arange(n) + to_scores[axis, 3]).clip(0, side - 1)
         weights.append((1 - np.abs(at[:, None] - np.arange(side))).clip(0))  # of each score in each voxel
     x, (y, z) = weights[0], (torch.from_numpy(w).to(scores) for w in weights[1:])
     for start in range(0, len(x), step):
