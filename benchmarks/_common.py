@@ -21,9 +21,9 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, Spacingd
 from torch import Tensor, nn
 
 from sspformer import __version__ as sspformer_version
-from sspformer.data import LoadScand
+from sspformer.intensity import above_mean
+from sspformer.io import LoadScand
 from sspformer.networks import SIZES
-from sspformer.pretraining import above_mean
 from sspformer.transforms import ScaleBetweenPercentilesd
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,12 +20,12 @@ from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import Compose, Orientationd
 from torch import Tensor, nn
 
-from sspformer.data import LoadScand
-from sspformer.evaluation import bootstrap_interval
-from sspformer.inference import StrictCheckpointLoader
-from sspformer.pretraining import above_mean
-from sspformer.restoration import ScaleByPercentiled
-from sspformer.visualize import axial_slice
+from sspformer.engines import StrictCheckpointLoader
+from sspformer.intensity import above_mean
+from sspformer.io import LoadScand
+from sspformer.metrics import bootstrap_interval
+from sspformer.pictures import axial_slice
+from sspformer.transforms import ScaleByPercentiled
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"

@@ -41,10 +41,10 @@ from _common import (
 )
 from torch import Tensor, nn
 
-from sspformer.data import LoadScand, prepare_datalist
+from sspformer.data import prepare_datalist
+from sspformer.io import LoadScand
 from sspformer.losses import MaskedReconstructionLoss
-from sspformer.networks import SIZES, MaskedAutoencoder
-from sspformer.networks.layers import gather_tokens, patchify
+from sspformer.networks import SIZES, MaskedAutoencoder, gather_tokens, patchify
 from sspformer.transforms import MaskIndices, draw_mask
 
 MONAI = ("MONAI learnable", "MONAI sin-cos")

@@ -14,7 +14,7 @@ import torch
 from monai.utils import ensure_tuple_rep, str2bool
 from torch import Tensor, nn
 
-from sspformer.networks.layers import gather_tokens, pad_to_patches, patchify
+from sspformer.networks import gather_tokens, pad_to_patches, patchify
 from sspformer.transforms import MaskIndices, draw_mask, patch_energy
 
 

@@ -17,6 +17,7 @@ from _common import head_loader
 from matplotlib.figure import Figure
 
 from sspformer.demo import make_demo_dataset
+from sspformer.pictures import axial_slice
 from sspformer.transforms import (
     NoiseSampler,
     frequency_weighted_noise,
@@ -24,7 +25,6 @@ from sspformer.transforms import (
     inverse_frequency_mask,
     voxel_mask,
 )
-from sspformer.visualize import axial_slice
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH = (8, 8, 8)

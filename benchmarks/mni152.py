@@ -26,8 +26,8 @@ from monai.bundle import create_workflow
 from monai.metrics import PSNRMetric, compute_dice
 from torch import Tensor
 
+from sspformer.data import class_names
 from sspformer.demo import make_demo_head
-from sspformer.evaluation import class_names
 from sspformer.kspace import data_consistency, fourier_resample
 from sspformer.transforms import frequency_weighted_noise
 

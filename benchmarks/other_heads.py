@@ -17,9 +17,9 @@ from _restoration import BUNDLE, DATA
 from monai.bundle import create_workflow
 from monai.transforms import LoadImage
 
-from sspformer.evaluation import class_names
-from sspformer.inference import output_path
-from sspformer.visualize import segmentation_panel
+from sspformer.data import class_names
+from sspformer.io import output_path
+from sspformer.pictures import segmentation_panel
 
 HEADS = (
     "ds000011_sub-08_T1",

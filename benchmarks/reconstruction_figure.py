@@ -15,10 +15,10 @@ import torch
 from _common import head_loader
 from matplotlib.image import imsave
 
+from sspformer.engines import PrepareMaskedBatch, Reconstruct
 from sspformer.networks import MaskedAutoencoder
-from sspformer.pretraining import PrepareMaskedBatch, Reconstruct
+from sspformer.pictures import figure_to_array, reconstruction_panel
 from sspformer.transforms import MaskSampler, NoiseSampler
-from sspformer.visualize import figure_to_array, reconstruction_panel
 
 ROOT = Path(__file__).resolve().parents[1]
 

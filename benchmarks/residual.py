@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sspformer.networks.dense import noise_level
+from sspformer.intensity import noise_level
 
 
 class ResidualNetwork(nn.Module):

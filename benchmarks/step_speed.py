@@ -46,10 +46,9 @@ from _common import (
 from monai.data import MetaTensor, list_data_collate
 from torch import Tensor, nn
 
+from sspformer.engines import PrepareMaskedBatch
 from sspformer.losses import MaskedReconstructionLoss
-from sspformer.networks import SIZES, MaskedAutoencoder
-from sspformer.networks.layers import patchify
-from sspformer.pretraining import PrepareMaskedBatch
+from sspformer.networks import SIZES, MaskedAutoencoder, patchify
 from sspformer.transforms import MaskSampler, NoiseSampler
 
 OURS = ("ours fp32", "ours bf16")

@@ -42,7 +42,7 @@ from _common import RESULTS, print_table, write_csv
 from _restoration import CONFIGS, DATA, ROOT, training_scans
 from scipy import stats
 
-from sspformer.data.checking import write_atomically
+from sspformer.io import write_atomically
 
 
 def torchio(name: str, **options) -> dict[str, object]:

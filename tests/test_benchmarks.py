@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from sspformer.evaluation import EvaluationReport
+from sspformer.engines import EvaluationReport
+from sspformer.intensity import noise_level
 from sspformer.kspace import fourier_resample
 from sspformer.networks import MaskedAutoencoder
-from sspformer.networks.dense import noise_level
 from sspformer.transforms import patch_energy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -19,7 +19,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from sspformer import data
-from sspformer.data import LoadScand, is_label_path, prepare_datalist, prepare_test_scans, subject_of
+from sspformer.data import is_label_path, prepare_datalist, prepare_test_scans, subject_of
+from sspformer.io import LoadScand
 
 SHAPE = (12, 10, 9)
 MR_STORAGE, ENHANCED_MR_STORAGE = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
@@ -397,7 +398,7 @@ def test_unchanged_scans_are_not_read_again(tmp_path, monkeypatch, caplog):
     for module, name in (
         (data.datalist, "check_nifti"),
         (data.datalist, "check_dicom"),
-        (data.finding, "dicom_header"),
+        (data.find, "dicom_header"),
     ):
         original = getattr(module, name)
 

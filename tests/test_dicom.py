@@ -21,9 +21,9 @@ from pydicom.uid import generate_uid
 from test_data import dicom_series, dicom_slice, enhanced_dicom, nifti, oblique_affine, save_dicom
 from test_inference import BUNDLE, gain, infer, report, threshold  # noqa: F401 (a fixture)
 
-from sspformer import dicom
-from sspformer.data import LoadScand, find_inputs, prepare_datalist
-from sspformer.data.reading import read_dicom
+from sspformer.data import find_inputs, prepare_datalist
+from sspformer.io import LoadScand, read_dicom
+from sspformer.io import dicom_out as dicom
 
 try:
     import highdicom as hd

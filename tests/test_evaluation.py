@@ -18,19 +18,18 @@ from monai.metrics import PSNRMetric, SSIMMetric, compute_hausdorff_distance, co
 from monai.networks import one_hot
 from monai.transforms import Orientation
 
-from sspformer.evaluation import (
+from sspformer.data import class_names
+from sspformer.engines import RestorationPanel, SegmentationPanel
+from sspformer.metrics import (
     FittedSSIM,
     ForegroundPSNR,
     ForegroundSSIM,
     HausdorffDistance95,
-    RestorationPanel,
-    SegmentationPanel,
     SurfaceDice,
     bootstrap_interval,
-    class_names,
     summarize,
 )
-from sspformer.visualize import class_colors, curves, figure_to_array, restoration_panel, segmentation_panel
+from sspformer.pictures import class_colors, curves, figure_to_array, restoration_panel, segmentation_panel
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 

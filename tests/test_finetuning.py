@@ -20,10 +20,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
-from sspformer.data import LoadScand, prepare_datalist, prepare_pairs
-from sspformer.finetuning import class_weights, is_null, layer_decay_groups
-from sspformer.handlers import FreezeEncoder, SaveBestModel, errors_last
+from sspformer.compat import errors_last
+from sspformer.data import class_weights, prepare_datalist, prepare_pairs
+from sspformer.engines import FreezeEncoder, SaveBestModel, layer_decay_groups
+from sspformer.io import LoadScand
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
+from sspformer.options import is_null
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 ENVIRONMENT = {

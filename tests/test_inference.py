@@ -19,9 +19,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from scipy.ndimage import affine_transform
 from torch import nn
 
-from sspformer import inference, kspace
+from sspformer import engines, kspace
 from sspformer.data import find_inputs
 from sspformer.demo import _write_dicom
+from sspformer.transforms import argmax_on_grid
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 CONFIG = str(BUNDLE / "configs" / "inference.json")
@@ -161,11 +162,11 @@ def test_labels_are_those_of_linear_interpolation_also_on_a_sheared_grid(shear):
     expected = np.stack(
         [affine_transform(s, step[:3, :3], step[:3, 3], (10, 12, 9), order=1, mode="nearest") for s in scores]
     )
-    labels = inference.argmax_on_grid(torch.from_numpy(scores), affine, (10, 12, 9), target, slab_voxels=2000).numpy()
+    labels = argmax_on_grid(torch.from_numpy(scores), affine, (10, 12, 9), target, slab_voxels=2000).numpy()
     top = np.sort(expected, axis=0)
     clear = top[-1] - top[-2] > 1e-4
     assert clear.mean() > 0.99 and np.array_equal(labels[clear], expected.argmax(0)[clear])
-    one_slice = inference.argmax_on_grid(torch.from_numpy(scores[:, :1]), affine, (1, 8, 7), affine)
+    one_slice = argmax_on_grid(torch.from_numpy(scores[:, :1]), affine, (1, 8, 7), affine)
     assert np.array_equal(one_slice[0], scores[:, 0].argmax(0))
 
 
@@ -349,7 +350,7 @@ def test_names_are_shown_only_of_a_network_with_as_many_classes_and_a_failing_pi
         seen.append((class_names, samples[0]["image"].shape, samples[0]["pred"]))
         raise OSError("disk full")
 
-    monkeypatch.setattr(inference, "segmentation_panel", panel)
+    monkeypatch.setattr(engines.panels, "segmentation_panel", panel)
     voxels = (1000 * (phantom() > 0.3)).astype(np.int16)
     write(tmp_path / "scans", "a", voxels, scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2), (11, -7, 23)))
     for names in (["bright"], ["bright", "dark"]):
@@ -363,7 +364,7 @@ def test_names_are_shown_only_of_a_network_with_as_many_classes_and_a_failing_pi
 
 def test_pictures_of_restoration_show_before_and_after_on_the_scale_of_the_file(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(inference, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
+    monkeypatch.setattr(engines.panels, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
     write(tmp_path / "scans", "a", (1000 * phantom()).astype(np.int16), scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2)))
     for overlay, as_predicted in (("denoising.json", {}), ("super_resolution.json", {"data_consistency": False})):
         options = {"leave_quiet": [], **as_predicted, **gain(tmp_path, 1.5)}
@@ -396,20 +397,20 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
     path, own = tmp_path / "model.pt", network()
     torch.save({"network": own.half().state_dict(), "epoch": 3}, path)
     other = network()
-    inference.StrictCheckpointLoader(other, path)()
+    engines.StrictCheckpointLoader(other, path)()
     assert all(torch.equal(value, own.state_dict()[name].to(value)) for name, value in other.state_dict().items())
     with pytest.raises(ValueError, match=r"18 output.*network 4: .*#out_channels 18 and --class_names .* 17 labels"):
-        inference.StrictCheckpointLoader(network(out_channels=4), path)()
+        engines.StrictCheckpointLoader(network(out_channels=4), path)()
     tasks = ["denoising.json", "super_resolution.json"]
     for task, wrong in (tasks, tasks[::-1]):
         torch.save(network(task).state_dict(), path)
-        inference.StrictCheckpointLoader(network(task), path)()
+        engines.StrictCheckpointLoader(network(task), path)()
         with pytest.raises(ValueError, match="are of another model: .*Add the overlay"):
-            inference.StrictCheckpointLoader(network(wrong), path)()
+            engines.StrictCheckpointLoader(network(wrong), path)()
     torch.nn.init.constant_(own.head.bias, float("nan"))
     torch.save(own.state_dict(), path)
     with pytest.raises(ValueError, match="NaN or infinite in 1 tensors, such as head.bias"):
-        inference.StrictCheckpointLoader(other, path)()
+        engines.StrictCheckpointLoader(other, path)()
 
 
 def test_one_scan_of_a_datalist(tmp_path):
@@ -425,11 +426,9 @@ def test_one_scan_of_a_datalist(tmp_path):
 
 def test_windows_blend_to_the_whole_and_scores_are_float32():
     image = torch.rand(1, 1, 40, 30, 20)
-    inferer = inference.AutocastSlidingWindowInferer(
-        roi_size=(16, 16, 24), overlap=0.5, mode="gaussian", enabled="false"
-    )
+    inferer = engines.AutocastSlidingWindowInferer(roi_size=(16, 16, 24), overlap=0.5, mode="gaussian", enabled="false")
     assert torch.allclose(inferer(image, lambda window: 2 * window), 2 * image, atol=1e-5)
-    inferer = inference.AutocastSlidingWindowInferer(roi_size=(16, 16, 24), sw_batch_size=4, overlap=0.25)
+    inferer = engines.AutocastSlidingWindowInferer(roi_size=(16, 16, 24), sw_batch_size=4, overlap=0.25)
     seen = []
 
     def network(window):

@@ -148,7 +148,7 @@ def test_highpass(gamma, cutoff):
     assert weight[0] == 0
     assert weight[-1] <= 1
     rising = weight.diff()
-    assert (rising >= 0).all() and (rising[weight[1:] < 0.999] > 0).all()  # at 1 it saturates in float32
+    assert (rising > -1e-6).all() and (rising[weight[1:] < 0.999] > 0).all()  # near 1 steps are below float32's
     if cutoff is None:
         torch.testing.assert_close(weight, rho**gamma)
     else:

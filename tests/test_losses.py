@@ -5,7 +5,7 @@ import torch
 from monai.losses import DiceCELoss
 
 from sspformer.losses import BalancedDiceCELoss, MaskedReconstructionLoss, normalize_patches
-from sspformer.networks.layers import gather_tokens, patchify
+from sspformer.networks import gather_tokens, patchify
 from sspformer.transforms import MaskSampler
 
 

@@ -96,7 +96,7 @@ def test_what_the_zip_holds(package, tmp_path):
         "docs/data_license.txt",
         "models/model.pt",
         "sspformer/__init__.py",
-        "sspformer/dicom.py",
+        "sspformer/io/dicom_out.py",
     )
     assert {f"{NAME}/{name}" for name in needed} <= set(names)
     assert not [name for name in names if "__pycache__" in name or "/." in name]

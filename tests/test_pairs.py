@@ -14,8 +14,9 @@ from monai.transforms import Compose
 from test_data import PHI, dicom_series, oblique_affine
 
 from sspformer import data
-from sspformer.data import LoadScand, find_inputs, prepare_pairs, prepare_test_data
-from sspformer.pretraining import KeepAffined
+from sspformer.data import find_inputs, prepare_pairs, prepare_test_data
+from sspformer.io import LoadScand
+from sspformer.transforms import KeepAffined
 
 SHAPE = (12, 10, 9)
 AFFINE = np.array([[0, 0, 2.0, -9], [-1.5, 0.1, 0, 5], [0.1, 1.5, 0, 3], [0, 0, 0, 1]])  # oblique, axes P-S-R

@@ -9,13 +9,20 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, list_data_collate
 
-from sspformer.handlers import History, SeedEpoch, find_checkpoint, save_atomically
+from sspformer.engines import (
+    AutocastInferer,
+    History,
+    PrepareMaskedBatch,
+    Reconstruct,
+    SeedEpoch,
+    find_checkpoint,
+    save_atomically,
+    weight_decay_groups,
+)
 from sspformer.losses import MaskedReconstructionLoss
-from sspformer.networks import MaskedAutoencoder
-from sspformer.networks.layers import gather_tokens, patchify
-from sspformer.pretraining import AutocastInferer, PrepareMaskedBatch, Reconstruct, weight_decay_groups
+from sspformer.networks import MaskedAutoencoder, gather_tokens, patchify
+from sspformer.pictures import figure_to_array, reconstruction_panel
 from sspformer.transforms import MaskSampler, NoiseSampler, patch_energy
-from sspformer.visualize import figure_to_array, reconstruction_panel
 
 TOY = {"dim": 48, "depth": 1, "num_heads": 2, "decoder_dim": 48, "decoder_depth": 1, "decoder_num_heads": 2}
 

@@ -14,17 +14,17 @@ from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.transforms import Compose, Invertd, Orientationd
 
 from sspformer import kspace
-from sspformer.restoration import (
+from sspformer.engines import PrepareDegradedBatch, unpack_targets
+from sspformer.losses import RestorationLoss
+from sspformer.transforms import (
     DataConsistencyd,
     FourierResampled,
     LeaveQuietd,
-    PrepareDegradedBatch,
-    RestorationLoss,
+    NoiseSampler,
+    ResolutionSampler,
     ScaleByPercentiled,
     keep_measured,
-    unpack_targets,
 )
-from sspformer.transforms import NoiseSampler, ResolutionSampler
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 

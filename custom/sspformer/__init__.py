@@ -1,44 +1,42 @@
 """SSPFormer for MONAI: self-supervised pretraining of a transformer on MRI, and what a MONAI bundle needs of it.
 
-The parts, by what they know: ``kspace`` (Fourier conventions, physical frequency), ``transforms`` (masking and noise),
-``networks``, ``losses``; ``pretraining``, ``finetuning``, ``restoration``, ``evaluation``, ``inference``, ``handlers``
-(the tie into MONAI's engines); ``visualize``, ``data`` (scans on disk), ``dicom`` (results as such), ``demo``.
+The method: ``transforms.masking``, ``transforms.noise``, ``networks`` and ``losses``, on top of ``kspace``.
+Around it: ``engines`` (the tie into MONAI), ``data`` (which scans a data set holds), ``io`` (NIfTI and DICOM),
+``metrics``, ``pictures`` and ``compat`` (what works around MONAI). Imports run in one direction: engines know networks,
+transforms and data; networks and transforms know no files; nothing knows a config.
 """
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
-# A bundle's config imports this package while its folder is on sys.path, in some clients for that moment only: so
-# import it all here.
+# MONAI Label has the bundle on sys.path only while it parses the config, so everything is imported here.
 from . import (
+    compat,
     data,
     demo,
-    dicom,
-    evaluation,
-    finetuning,
-    handlers,
-    inference,
+    engines,
+    intensity,
+    io,
     kspace,
     losses,
+    metrics,
     networks,
-    pretraining,
-    restoration,
+    options,
+    pictures,
     transforms,
-    visualize,
 )
 
 __all__ = [
+    "compat",
     "data",
     "demo",
-    "dicom",
-    "evaluation",
-    "finetuning",
-    "handlers",
-    "inference",
+    "engines",
+    "intensity",
+    "io",
     "kspace",
     "losses",
+    "metrics",
     "networks",
-    "pretraining",
-    "restoration",
+    "options",
+    "pictures",
     "transforms",
-    "visualize",
 ]

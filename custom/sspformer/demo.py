@@ -24,18 +24,28 @@ from monai.networks.layers import GaussianFilter
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from .dicom import decimal_strings
+from .io.dicom_out import decimal_strings
 
 __all__ = ["LABELS", "make_demo_dataset", "make_demo_head"]
 
 VERSION = 3  # raise it when the images made from the same seed change
+
+
 MARKER = "demo.json"
+
+
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2, "cerebrospinal fluid": 3}
+
+
 STATEMENT = "variations of one averaged brain; not real subjects; not to learn from"
+
+
 SOURCE = (
     "ICBM 152 nonlinear symmetric 2009a average brain (T1-weighted, skull-stripped) with its grey- and white-matter "
     "maps, as the nilearn package carries them; warped, recoloured and made noisy by sspformer"
 )
+
+
 LICENCE = (
     "Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill "
     "University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose "
@@ -45,7 +55,10 @@ LICENCE = (
     "property loss, or injury to subjects or patients resulting from the use or misuse of this software package."
 )
 
+
 FIELD_OF_VIEW = (186.0, 222.0, 186.0)  # mm, left-right, posterior-anterior, inferior-superior
+
+
 CENTRE = (0.0, -19.0, 4.0)  # mm, the middle of the brain in the template's RAS coordinates
 
 

@@ -20,19 +20,19 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 __all__ = [
-    "spatial_axes",
-    "to_kspace",
-    "to_image",
-    "magnitude",
     "as_spacing",
-    "spacing_of",
     "axis_frequency",
-    "radial_frequency",
-    "highpass",
-    "filter_image",
-    "phase_encode_line",
-    "fourier_resample",
     "data_consistency",
+    "filter_image",
+    "fourier_resample",
+    "highpass",
+    "magnitude",
+    "phase_encode_line",
+    "radial_frequency",
+    "spacing_of",
+    "spatial_axes",
+    "to_image",
+    "to_kspace",
 ]
 
 

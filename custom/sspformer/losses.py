@@ -1,4 +1,4 @@
-"""The losses of pretraining and of segmentation."""
+"""The losses of pretraining, segmentation and restoration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import kspace
 from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
+from .transforms.resolution import keep_measured
 
-__all__ = ["BalancedDiceCELoss", "MaskedReconstructionLoss", "normalize_patches"]
+__all__ = ["BalancedDiceCELoss", "MaskedReconstructionLoss", "RestorationLoss", "normalize_patches"]
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,10 +122,49 @@ class BalancedDiceCELoss(DiceCELoss):
     structures unseen until the large ones are learnt.
 
     Args:
-        class_weight: of each class, background included; see :func:`sspformer.finetuning.class_weights`.
+        class_weight: of each class, background included; see :func:`sspformer.data.class_weights`.
         kwargs: of ``DiceCELoss``, without ``weight``.
     """
 
     def __init__(self, class_weight: Tensor | Sequence[float], **kwargs) -> None:
         super().__init__(**kwargs)
         self.cross_entropy.weight = torch.as_tensor(class_weight, dtype=torch.float32)
+
+
+class RestorationLoss(nn.Module):
+    r"""How much of the degradation's error is left, in dB: minus the gain in PSNR, averaged over the batch.
+
+    .. math:: 10 \log_{10} \frac{mse(pred, clean) + \epsilon}{mse(degraded, clean) + \epsilon}
+
+    The plain squared error is ruled by the strongest degradations; here each one counts alike, so that a network blind
+    to the level learns not to harm a scan that has hardly any.
+
+    If the target has the ``factor`` of a lower resolution, the prediction is judged after :func:`keep_measured`: the
+    network need not find out which k-space was measured, and may write anything there. It is to be used the same way.
+
+    Args:
+        eps: mean square that counts as nothing, above 0; 1e-6 is a thousandth of the intensity range.
+        margin: that of :class:`PrepareDegradedBatch`, for :func:`keep_measured`.
+
+    Raises:
+        ValueError: if ``eps`` is not above 0, or ``margin`` is negative.
+    """
+
+    def __init__(self, eps: float = 1e-6, margin: int = 0) -> None:
+        super().__init__()
+        if eps <= 0:
+            raise ValueError(f"eps must be above 0, got {eps}.")
+        if margin < 0:
+            raise ValueError(f"margin must be 0 or more, got {margin}.")
+        self.eps, self.margin = eps, margin
+
+    def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+        """The loss, a scalar, from ``pred`` and the target's ``clean`` and ``degraded``, all ``(B, C, *S)``, and its
+        ``factor``, ``(B, len(S))``, if it has one."""
+
+        def error(image: Tensor) -> Tensor:
+            return (image.float() - target["clean"]).square().flatten(1).mean(dim=1) + self.eps
+
+        if "factor" in target:
+            pred = keep_measured(pred, target["degraded"], target["factor"], self.margin)
+        return 10 * (error(pred).log10() - error(target["degraded"]).log10()).mean()

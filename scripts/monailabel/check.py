@@ -327,7 +327,7 @@ def check_ohif(work: Path, environment: Mapping[str, str]) -> None:
     """Inference on a DICOM series of a DICOMweb server, and a label saved to it, as OHIF asks for them."""
     if not (shutil.which("Orthanc") and (ORTHANC_PLUGINS / "libOrthancDicomWeb.so").exists()):
         return say("SKIP", "OHIF", "no Orthanc with its DICOMweb plugin: apt-get install orthanc orthanc-dicomweb")
-    from sspformer.demo import make_demo_dataset  # of the bundle that is checked
+    from sspformer.demo import make_demo_dataset
 
     files = sorted(Path(make_demo_dataset(work / "demo", n_subjects=4)).glob("images/demo_04/*.dcm"))
     port = free_port()

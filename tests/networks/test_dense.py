@@ -6,9 +6,11 @@ import pytest
 import torch
 from monai.losses import DiceCELoss
 
-from sspformer.finetuning import is_null, layer_decay_groups
+from sspformer.engines import layer_decay_groups
+from sspformer.intensity import noise_level
 from sspformer.networks import SSPFormerDense
-from sspformer.networks.dense import finest_detail, fold, halvings, noise_level, unfold
+from sspformer.networks.dense import finest_detail, fold, halvings, unfold
+from sspformer.options import is_null
 
 TOY = {"dim": 48, "depth": 2, "num_heads": 2, "features": 8}
 

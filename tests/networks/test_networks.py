@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder
-from sspformer.networks.layers import (
+from sspformer.networks import (
+    SIZES,
     Attention,
     InstanceNorm,
+    MaskedAutoencoder,
     RotaryPosition,
+    SSPFormerEncoder,
     gather_tokens,
     pad_to_patches,
     patchify,
-    rotate,
     unpatchify,
 )
+from sspformer.networks.layers import rotate
 from sspformer.transforms import MaskSampler
 
 TOY = {"dim": 48, "depth": 2, "num_heads": 2, "decoder_dim": 48, "decoder_depth": 2, "decoder_num_heads": 2}

@@ -9,10 +9,15 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets import UNet
 
-from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder, load_pretrained
+from sspformer.networks import (
+    MaskedAutoencoder,
+    SSPFormerDense,
+    SSPFormerEncoder,
+    load_pretrained,
+    patchify,
+    resize_patch_embedding,
+)
 from sspformer.networks import pretrained as module
-from sspformer.networks.layers import patchify
-from sspformer.networks.pretrained import resize_patch_embedding
 
 TOY = {"dim": 24, "depth": 2, "num_heads": 2, "decoder_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
 

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from scipy.stats import chi2, spearmanr
 
-from sspformer.transforms.masking import (
+from sspformer.transforms import (
     MaskIndices,
     MaskSampler,
     RandInverseFrequencyMask,

@@ -15,7 +15,7 @@ from monai.transforms import Compose
 from scipy.special import jv
 
 from sspformer import kspace
-from sspformer.transforms.noise import (
+from sspformer.transforms import (
     NoiseSampler,
     PhysiologicalMotion,
     RandFrequencyWeightedNoise,

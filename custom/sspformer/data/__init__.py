@@ -11,25 +11,79 @@ not), ``checking`` (whether a scan can be trained on), ``finding`` (which scans 
 on top of it ``pairs`` and ``inputs``; ``caching`` keeps what was preprocessed.
 """
 
-from .caching import CachedDataset, file_hashing
-from .datalist import LazyDatalist, prepare_datalist, prepare_test_scans
+from .cache import CachedDataset, file_hashing
+from .check import Cache, check_dicom, check_header, check_label, check_nifti, in_threads
+from .datalist import (
+    LazyDatalist,
+    existing,
+    keep_datalist,
+    match_subjects,
+    name_scans,
+    prepare_datalist,
+    prepare_test_scans,
+    refuse,
+    report,
+    row_of,
+    split_subjects,
+    test_split,
+    warn_of_overlap,
+)
+from .find import (
+    Scan,
+    datalist_of,
+    dicom_header,
+    find_scans,
+    has_lists,
+    is_dicom,
+    path_within,
+    read_datalist,
+    read_json,
+    walk,
+)
 from .inputs import find_inputs
-from .naming import is_label_path, subject_of
-from .pairs import check_pairs, from_client, prepare_pairs, prepare_test_data
-from .reading import LoadScand
+from .labels import class_names, class_weights
+from .naming import is_label_path, known_subject_of, subject_of
+from .pairs import check_pairs, prepare_pairs, prepare_test_data
 
 __all__ = [
+    "Cache",
     "CachedDataset",
     "LazyDatalist",
-    "LoadScand",
+    "Scan",
+    "check_dicom",
+    "check_header",
+    "check_label",
+    "check_nifti",
     "check_pairs",
+    "class_names",
+    "class_weights",
+    "datalist_of",
+    "dicom_header",
+    "existing",
     "file_hashing",
     "find_inputs",
-    "from_client",
+    "find_scans",
+    "has_lists",
+    "in_threads",
+    "is_dicom",
     "is_label_path",
+    "keep_datalist",
+    "known_subject_of",
+    "match_subjects",
+    "name_scans",
+    "path_within",
     "prepare_datalist",
     "prepare_pairs",
     "prepare_test_data",
     "prepare_test_scans",
+    "read_datalist",
+    "read_json",
+    "refuse",
+    "report",
+    "row_of",
+    "split_subjects",
     "subject_of",
+    "test_split",
+    "walk",
+    "warn_of_overlap",
 ]

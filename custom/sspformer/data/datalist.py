@@ -18,16 +18,36 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import is_null
-from .checking import Cache, check_dicom, check_nifti, in_threads, write_atomically
-from .finding import SPLITS, Scan, datalist_of, find_scans
-from .naming import stem
-from .reading import by, reason_of
+from ..io.errors import by, reason_of
+from ..io.files import stem, write_atomically
+from ..options import is_null
+from .check import Cache, check_dicom, check_nifti, in_threads
+from .find import SPLITS, Scan, datalist_of, find_scans
+
+__all__ = [
+    "LazyDatalist",
+    "existing",
+    "keep_datalist",
+    "match_subjects",
+    "name_scans",
+    "prepare_datalist",
+    "prepare_test_scans",
+    "refuse",
+    "report",
+    "row_of",
+    "split_subjects",
+    "test_split",
+    "warn_of_overlap",
+]
 
 logger = logging.getLogger("sspformer")
 
 MAX_ROWS = 30  # rows of the printed table
+
+
 MAX_NAMED = 20  # unusable files named in the error
+
+
 COLUMNS = ("name", "subject", "split", "format", "shape", "spacing_mm", "orientation", "status", "path")
 
 

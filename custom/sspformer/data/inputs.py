@@ -8,10 +8,12 @@ from pathlib import Path
 
 import nibabel as nib
 
-from .checking import Cache, check_header, in_threads
+from ..io.errors import Unusable, by, reason_of, without_ones
+from .check import Cache, check_header, in_threads
 from .datalist import existing, name_scans
-from .finding import Scan, find_scans
-from .reading import Unusable, by, reason_of, without_ones
+from .find import Scan, find_scans
+
+__all__ = ["find_inputs"]
 
 logger = logging.getLogger("sspformer")
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
-NIFTI_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.I)
-NIFTI_NAME = re.compile(r"\.nii(\.gz)?$", re.I)
+from ..io.files import stem
+
+__all__ = ["is_label_path", "known_subject_of", "subject_of"]
 
 _LABEL = r"(?:labels?|label-?maps?|(?:brain)?masks?|segs?|segmentations?|dseg|probseg|aseg|aparc|annotations?|rois?|gt)"
+
+
 _LABEL_FOLDER = re.compile(rf"(?:.*[_\-. ])?(?:{_LABEL}|labels?(?:tr|ts|va|val))\d*|(?:labels?|masks?)[_\-. ].*", re.I)
+
+
 _LABEL_STEM = re.compile(rf"(?:.*[_\-. ])?{_LABEL}[_\-]?\d*", re.I)
+
 
 # Words of a path that say what or when was scanned, and never who.
 _WORD = r"""(?:
@@ -22,23 +28,27 @@ _WORD = r"""(?:
   | (?:study|scan|series|time|acq|se|st|mr)(?:[-_]?\d{1,2})?
   | (?:ses|run|acq|task|rec|dir|echo|space|desc|res|part|inv)-[a-z0-9]+
 )"""
+
+
 _GENERIC = r"""(?:
     000[0-3] | images?(?:tr|ts|va)? | img | scans | volume | vol | data | mri | brain | head | anat | func | raw
   | rawdata | sourcedata | bids | nii | nifti | dicoms? | dcm | orig | train(?:ing)? | val(?:idation)? | test(?:ing)?
   | input | patients? | subjects? | cases? | (?:dataset|ds|site|center|centre|batch|cohort|group|fold|part)\d*
   | acpc | dc | restore | reg(?:istered)? | n4 | defaced? | bet | (?:skull)?-?stripped | preproc | mni(?:152)? | norm
 )"""
+
+
 _TRAILING = re.compile(rf"(?:^|[\W_]+)(?:{_WORD}|{_GENERIC})$", re.I | re.X)
+
+
 _LEADING = re.compile(rf"^{_WORD}(?:[\W_]+|$)", re.I | re.X)
 
+
 _BIDS = re.compile(r"^(?:.*?[_\-. ])?sub-[a-z0-9]+", re.I)
+
+
 # Published naming schemes whose session numbers would look like part of the subject: ADNI, OASIS, TCGA, BraTS.
 _KNOWN = re.compile(r"\d{3}_S_\d{4,5}|OAS\d_?\d{4}|TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|BraTS-[A-Z]+-\d{5}", re.I)
-
-
-def stem(name: str) -> str:
-    """A file name without the suffixes of NIfTI."""
-    return NIFTI_SUFFIX.sub("", name)
 
 
 def is_label_path(path: str | PurePosixPath) -> bool:

@@ -13,8 +13,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..files import is_null
-from .checking import Cache, check_dicom, check_label, check_nifti, in_threads
+from ..io.errors import by, reason_of
+from ..io.files import NIFTI_SUFFIX, stem
+from ..io.load import files_of
+from ..options import is_null
+from .check import Cache, check_dicom, check_label, check_nifti, in_threads
 from .datalist import (
     COLUMNS,
     MAX_NAMED,
@@ -29,16 +32,24 @@ from .datalist import (
     test_split,
     warn_of_overlap,
 )
-from .finding import Scan, find_scans, has_lists, is_dicom, path_within, read_datalist, read_json, walk
-from .naming import NIFTI_SUFFIX, stem
-from .reading import by, files_of, reason_of
+from .find import Scan, find_scans, has_lists, is_dicom, path_within, read_datalist, read_json, walk
+
+__all__ = ["check_pairs", "prepare_pairs", "prepare_test_data"]
 
 logger = logging.getLogger("sspformer")
 
 FOLDERS = (("images", "labels", ""), ("imagesTr", "labelsTr", ""), ("imagesTs", "labelsTs", "test"))
+
+
 COLUMNS_OF_PAIRS = (*COLUMNS[:-2], "labels", *COLUMNS[-2:], "label_path")
+
+
 MAX_SHIFT = 0.1  # of the grids of an image and its label map against each other, in voxels
+
+
 MAX_VALUES = 10  # label values named in a message
+
+
 LAYOUTS = (
     "a folder with images/ and labels/ (or nnU-Net's imagesTr/ and labelsTr/) in which an image and its label map have "
     'the same name, or a dataset.json with a list "training" of {"image": path, "label": path}'
@@ -151,21 +162,6 @@ def prepare_test_data(
     _report(dataset_dir, output_dir, pairs, skip_unreadable)
     _warn_of_labels(usable, allowed)
     return [_item(pair) for pair in usable]
-
-
-def from_client(items: Sequence[Mapping], first_handler: str) -> bool:
-    """Whether a client such as MONAI Label trains: it puts a loader of the model of before in front of our handlers.
-
-    Args:
-        items: to train on.
-        first_handler: target of the first of the trainer's handlers.
-
-    Raises:
-        ValueError: if there are no items.
-    """
-    if not items:
-        raise ValueError("there is no labelled image to train on: label some first (in MONAI Label, submit them).")
-    return first_handler == "CheckpointLoader"
 
 
 def check_pairs(

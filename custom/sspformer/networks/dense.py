@@ -11,10 +11,11 @@ from monai.networks.blocks import Convolution
 from monai.utils import str2bool
 from torch import Tensor, nn
 
+from ..intensity import noise_level
 from .encoder import SSPFormerEncoder
 from .layers import pad_to_patches
 
-__all__ = ["SSPFormerDense", "noise_level"]
+__all__ = ["SSPFormerDense"]
 
 
 class SSPFormerDense(nn.Module):
@@ -219,21 +220,6 @@ def finest_detail(image: Tensor) -> Tensor:
     if image.ndim == 5:
         return image - F.avg_pool3d(wider, kernel_size=3, stride=1)
     return image - F.avg_pool2d(wider, kernel_size=3, stride=1)
-
-
-def noise_level(image: Tensor) -> Tensor:
-    """Standard deviation of white noise that explains the finest details of each image ``(B, C, *S)``, one for each
-    channel ``(B, C, 1, ...)``: median absolute diagonal coefficient of the Haar wavelet, over 0.6745 (Donoho and
-    Johnstone, Biometrika 81:425, 1994). Coefficients that are 0 do not count: air that was set to 0 holds no noise.
-    """
-    detail = image.float()
-    for axis in range(2, image.ndim):
-        if detail.shape[axis] > 1:
-            pairs = detail.unfold(axis, 2, 2)
-            detail = (pairs[..., 0] - pairs[..., 1]) / math.sqrt(2)
-    detail = detail.abs().flatten(2).sort(dim=2, descending=True).values  # zeros come last
-    middle = detail.count_nonzero(dim=2).unsqueeze(2) // 2
-    return (detail.gather(2, middle) / 0.6745).unflatten(2, [1] * (image.ndim - 2))
 
 
 def fold(image: Tensor, factor: list[int]) -> Tensor:

@@ -18,15 +18,15 @@ from monai.networks.layers import Norm
 from torch import Tensor, nn
 
 __all__ = [
-    "token_grid",
-    "pad_to_patches",
-    "patchify",
-    "unpatchify",
-    "gather_tokens",
-    "RotaryPosition",
     "Attention",
     "Block",
     "InstanceNorm",
+    "RotaryPosition",
+    "gather_tokens",
+    "pad_to_patches",
+    "patchify",
+    "token_grid",
+    "unpatchify",
 ]
 
 

@@ -71,7 +71,7 @@ class MaskedAutoencoder(nn.Module):
             ids_predict: tokens to predict ``(B, M)``, usually the masked ones.
 
         Returns:
-            Patches ``(B, M, C * prod(patch_size))`` in the order of :func:`sspformer.networks.layers.patchify`.
+            Patches ``(B, M, C * prod(patch_size))`` in the order of :func:`sspformer.networks.patchify`.
         """
         visible = self.encoder(image, ids_keep)
         return self.decode(visible, ids_keep, ids_predict, self.encoder.grid(image.shape[2:]))

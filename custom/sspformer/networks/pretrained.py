@@ -17,9 +17,15 @@ __all__ = ["load_pretrained", "resize_patch_embedding"]
 logger = logging.getLogger("sspformer")
 
 EMBEDDING = "encoder.patch_embedding.weight"
+
+
 LAYOUT = "encoder.layout"  # heads, channels, patch
+
+
 #: parts of a tensor's name that come from wrappers: DistributedDataParallel and torch.compile
 WRAPPERS = ("module", "_orig_mod")
+
+
 #: where checkpoints keep the weights: ours, Lightning's and many others'
 PLACES = ("network", "state_dict", "model")
 
@@ -101,7 +107,7 @@ def resize_patch_embedding(weight: Tensor, shape: Sequence[int], new_shape: Sequ
     channels gives the token of the one.
 
     Args:
-        weight: ``(dim, channels * prod(patch))``, in the order of :func:`sspformer.networks.layers.patchify`.
+        weight: ``(dim, channels * prod(patch))``, in the order of :func:`sspformer.networks.patchify`.
         shape: ``(channels, *patch)`` of ``weight``.
         new_shape: ``(channels, *patch)`` wanted.
 

@@ -1,13 +1,7 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
-from .degradation import (
-    RandDownsampledCrop,
-    RandDownsampledCropd,
-    RandReducedResolution,
-    RandReducedResolutiond,
-    ResolutionSampler,
-    reduce_resolution,
-)
+from .grid import InvertArgmaxd, KeepAffined, argmax_on_grid
+from .intensity import LeaveQuietd, ScaleBetweenPercentilesd, ScaleByPercentiled
 from .masking import (
     MaskIndices,
     MaskSampler,
@@ -27,10 +21,26 @@ from .noise import (
     frequency_weighted_noise,
     noise_weight,
 )
-from .scaling import ScaleBetweenPercentilesd
-from .stripping import RandSkullStripd
+from .resolution import (
+    DataConsistencyd,
+    FourierResampled,
+    RandDownsampledCrop,
+    RandDownsampledCropd,
+    RandReducedResolution,
+    RandReducedResolutiond,
+    ResolutionSampler,
+    keep_measured,
+    reduce_resolution,
+)
+from .seeded import SeededTransform, SeededTransformd
+from .skull_stripping import RandSkullStripd
 
 __all__ = [
+    "DataConsistencyd",
+    "FourierResampled",
+    "InvertArgmaxd",
+    "KeepAffined",
+    "LeaveQuietd",
     "MaskIndices",
     "MaskSampler",
     "NoiseSampler",
@@ -46,10 +56,15 @@ __all__ = [
     "RandSkullStripd",
     "ResolutionSampler",
     "ScaleBetweenPercentilesd",
+    "ScaleByPercentiled",
+    "SeededTransform",
+    "SeededTransformd",
+    "argmax_on_grid",
     "draw_mask",
     "frequency_weighted_noise",
     "high_frequency_map",
     "inverse_frequency_mask",
+    "keep_measured",
     "noise_weight",
     "patch_energy",
     "reduce_resolution",

@@ -23,13 +23,13 @@ from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
     "MaskIndices",
-    "high_frequency_map",
-    "patch_energy",
-    "draw_mask",
-    "inverse_frequency_mask",
     "MaskSampler",
     "RandInverseFrequencyMask",
     "RandInverseFrequencyMaskd",
+    "draw_mask",
+    "high_frequency_map",
+    "inverse_frequency_mask",
+    "patch_energy",
     "voxel_mask",
 ]
 

@@ -23,10 +23,10 @@ from .seeded import SeededTransform, SeededTransformd
 __all__ = [
     "NoiseSampler",
     "PhysiologicalMotion",
-    "frequency_weighted_noise",
-    "noise_weight",
     "RandFrequencyWeightedNoise",
     "RandFrequencyWeightedNoised",
+    "frequency_weighted_noise",
+    "noise_weight",
 ]
 
 

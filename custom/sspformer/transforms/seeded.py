@@ -8,7 +8,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends
 
-__all__: list[str] = []
+__all__ = ["SeededTransform", "SeededTransformd"]
 
 
 class SeededTransform(RandomizableTransform):

@@ -12,26 +12,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
-from monai.utils import convert_to_dst_type, convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
 from torch import Tensor
 
 from .. import kspace
+from ..options import is_null
 from .noise import checked_range
 from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
+    "DataConsistencyd",
+    "FourierResampled",
     "RandDownsampledCrop",
     "RandDownsampledCropd",
     "RandReducedResolution",
     "RandReducedResolutiond",
     "ResolutionSampler",
+    "keep_measured",
     "reduce_resolution",
 ]
 
@@ -295,4 +301,130 @@ class RandDownsampledCropd(Randomizable, MapTransform):
         d = dict(data)
         for i, key in enumerate(self.key_iterator(d)):
             d[key] = self.transform(d[key], randomize=i == 0)
+        return d
+
+
+def keep_measured(pred: Tensor, degraded: Tensor, factors: Tensor, margin: int = 0) -> Tensor:
+    """``pred`` with the k-space that ``degraded`` holds put back, the rest as predicted.
+
+    What was measured without noise is true, so this is an orthogonal projection towards the truth: over a whole scan it
+    can only lower the squared error. It is :func:`sspformer.kspace.data_consistency` for a factor of its own for each
+    sample, on the grid of the prediction.
+
+    Args:
+        pred: ``(B, C, *S)``.
+        degraded: ``(B, C, *S)`` of :func:`sspformer.transforms.reduce_resolution`.
+        factors: those that it was reduced by, ``(len(S),)`` or ``(B, len(S))``.
+        margin: voxels that were cut off each end after it was reduced, in which nothing is predicted.
+    """
+    residual = F.pad(pred.float() - degraded, [margin] * 2 * (pred.ndim - 2))
+    residual = residual - reduce_resolution(residual, factors)
+    return degraded + residual[(..., *(slice(margin, side - margin) for side in residual.shape[2:]))]
+
+
+class FourierResampled(MapTransform):
+    """A scan on a finer grid over the same field of view, zero-filled in k-space: the input of super-resolution.
+
+    The affine follows, and the scan as it was is kept beside it, for :class:`DataConsistencyd`. There is no inverse:
+    the finer grid is what is asked for. It belongs right after loading, where axes and voxel 0 are the file's own.
+
+    Args:
+        keys: entries to resample, MetaTensors ``(C, X, Y, Z)``.
+        factor: voxels after over voxels before, a number or one for each axis, 1 or more.
+        spacing: the voxel spacing wanted instead, mm, a number or one for each axis; the nearest that the field of view
+            is a whole number of. No axis gets coarser.
+        low_key: name of the entry that keeps the scan as it was, appended to the key.
+        allow_missing_keys: do not raise if a key is missing.
+
+    Raises:
+        ValueError: unless just one of ``factor`` and ``spacing`` is given (None, or a word for it, is not), a number or
+            three, each above 0 and no factor below 1.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        factor: Sequence[float] | float | None = None,
+        spacing: Sequence[float] | float | None = None,
+        low_key: str = "low",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if is_null(factor) == is_null(spacing):
+            raise ValueError(f"give factor or target_spacing, and null for the other; got {factor} and {spacing}.")
+        self.factor = None if is_null(factor) else _three_numbers("factor", factor)
+        self.spacing = None if is_null(spacing) else _three_numbers("target_spacing", spacing)
+        if self.factor is not None and min(self.factor) < 1:
+            raise ValueError(f"factor must be 1 or more along each axis, got {factor}.")
+        if self.spacing is not None and min(self.spacing) <= 0:
+            raise ValueError(f"target_spacing must be above 0 mm along each axis, got {spacing}.")
+        self.low_key = low_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            low: MetaTensor = d[key]
+            size, sides = self.size(low), np.array(low.shape[1:])
+            fine = MetaTensor(
+                kspace.fourier_resample(low.as_tensor()[None], size.tolist())[0],
+                affine=low.affine @ torch.diag(torch.tensor([*(sides / size), 1.0], dtype=low.affine.dtype)),
+                meta={name: value for name, value in low.meta.items() if name != "affine"},
+                applied_operations=low.applied_operations,
+            )
+            d[key], d[self.low_key] = fine, low
+        return d
+
+    def size(self, image: MetaTensor) -> np.ndarray:
+        """Voxels along each axis afterwards."""
+        sides = np.array(image.shape[1:])
+        if self.spacing is None:
+            wanted = sides * np.array(self.factor)
+        else:
+            wanted = sides * kspace.spacing_of(image).numpy() / np.array(self.spacing)
+        return np.maximum(np.round(wanted).astype(int), sides)
+
+
+def _three_numbers(name: str, value: Sequence[float] | float) -> tuple[float, ...]:
+    """A number, or one for each axis, as three; raises ``ValueError`` for anything else."""
+    try:
+        numbers = tuple(float(number) for number in ensure_tuple_rep(value, 3))
+    except (TypeError, ValueError):
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f'{name} must be a number, or three such as "[1,1,2.5]", got {value!r}.')
+    return numbers
+
+
+class DataConsistencyd(MapTransform):
+    """Put the measured part of k-space back into predictions, see :func:`sspformer.kspace.data_consistency`.
+
+    Args:
+        keys: predictions ``(C, *S)``.
+        low_key: the scan as it was measured, on its own grid, with the prediction's orientation and intensity scale.
+        enabled: False: leave the predictions as they are.
+        resampled: whether the scan was on a coarser grid at all.
+
+    Raises:
+        ValueError: if it is enabled for a scan that was not.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, low_key: str = "low", enabled: bool = True, resampled: bool = True
+    ) -> None:
+        super().__init__(keys)
+        self.low_key = low_key
+        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+        if self.enabled and not resampled:
+            raise ValueError(
+                "data_consistency true is for super-resolution, which keeps the k-space that was measured; other tasks "
+                "have none to keep: leave --data_consistency out, or add configs/super_resolution.json."
+            )
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d) if self.enabled else ():
+            pred = d[key]
+            low = torch.as_tensor(d[self.low_key]).as_subclass(Tensor).to(pred.device)
+            d[key] = pred.clone()
+            d[key][:] = kspace.data_consistency(torch.as_tensor(pred).as_subclass(Tensor)[None], low[None])[0]
         return d

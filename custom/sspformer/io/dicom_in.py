@@ -1,136 +1,27 @@
-"""Voxels (X, Y, Z) float32 and their affine to RAS mm, from a NIfTI file or a DICOM series; or the reason why not."""
+"""MR series of DICOM files."""
 
 from __future__ import annotations
 
-import gzip
 import logging
-import os
 import warnings
-import zlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import pydicom
-import torch
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapTransform
-from monai.utils import SpaceKeys, ensure_tuple
+
+from .errors import Unusable, check_size
+
+__all__ = ["DicomStack", "read_dicom", "read_stack"]
 
 for library in ("pydicom", "highdicom"):  # their warnings quote the header, such as a patient's name
     warnings.filterwarnings("ignore", module=library)
     logging.getLogger(library).setLevel(logging.ERROR)
 
+
 DICOM_UNEVEN = 0.1  # largest deviation of a slice from its place in an even stack, as a fraction of the slice distance
-
-
-class Unusable(ValueError):
-    """A scan that cannot be used; the message is the reason, in words for the person who owns the scan."""
-
-
-def reason_of(error: Exception) -> str:
-    """The reason behind an exception, in plain words. Unknown messages are left out: they may quote a DICOM header."""
-    if isinstance(error, Unusable):
-        return str(error)
-    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)) or "could the file be damaged" in str(error):
-        return "truncated or corrupt: its voxels cannot be read to the end"
-    if isinstance(error, FileNotFoundError):
-        return "no such file, or a broken link (DataLad and git-annex: get the file first)"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be opened: {error.strerror}"
-    if isinstance(error, nib.spatialimages.HeaderDataError):
-        return "corrupt NIfTI header"
-    if isinstance(error, nib.filebasedimages.ImageFileError):
-        return "not a NIfTI file although named so"
-    return f"cannot be read ({type(error).__name__})"
-
-
-def is_series(image: str | os.PathLike | Sequence[str]) -> bool:
-    """Whether an item's image is the list of a DICOM series' files, and not the path of one file."""
-    return not isinstance(image, (str, os.PathLike))
-
-
-def files_of(image: str | os.PathLike | Sequence[str]) -> list[Path]:
-    """The files of an item's image."""
-    return [Path(file) for file in (image if is_series(image) else [image])]
-
-
-class LoadScand(MapTransform):
-    """Reads the items of `prepare_datalist`, `prepare_pairs` and `find_inputs`.
-
-    Each key goes in as the path of a NIfTI file or the list of the files of a DICOM series (or of one enhanced file),
-    and comes out as a MetaTensor (1, X, Y, Z) float32 whose affine maps voxels to RAS mm, as MONAI's NibabelReader
-    gives it. An item with "volume" gives that volume of its 4D file. DICOM slices are put in order and rescaled.
-
-    Args:
-        keys: entries to read.
-        allow_missing_keys: do not raise if a key is missing.
-        label_keys: those of the keys that are label maps. Their values are rounded: a scaled file holds class numbers
-            to within its scale factor's precision, and a cast to an integer type would cut 0.99999 down to 0.
-
-    Raises:
-        ValueError: naming the file that cannot be read, or has voxels that are no number, and why.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection = "image",
-        allow_missing_keys: bool = False,
-        label_keys: KeysCollection = "label",
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.label_keys = ensure_tuple(label_keys)
-
-    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        item = dict(data)
-        for key in self.key_iterator(item):
-            volume = self._load(item[key], item.get("volume"))
-            item[key] = volume.round() if key in self.label_keys else volume
-        return item
-
-    @staticmethod
-    def _load(image: str | Path | Sequence[str], volume: int | None) -> MetaTensor:
-        series = is_series(image)
-        name = str(image[0] if series else image)
-        try:
-            voxels, affine = read_dicom(image)[:2] if series else read_nifti(image, volume)
-            if broken := voxels.size - np.count_nonzero(np.isfinite(voxels)):
-                raise Unusable(f"{broken} voxels are NaN or infinite")
-        except Exception as error:
-            where = os.path.dirname(name) if series and len(image) > 1 else name
-            raise ValueError(f"cannot read the scan {where}: {reason_of(error)}") from error
-        meta = {
-            "filename_or_obj": name,
-            "original_affine": affine.copy(),
-            "spatial_shape": np.array(voxels.shape),
-            "space": SpaceKeys.RAS,
-            "original_channel_dim": float("nan"),  # MONAI's "no_channel"
-        }
-        return MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine), meta=meta)
-
-
-def read_nifti(path: str | Path, volume: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a NIfTI file, or one volume of a 4D one: voxels (X, Y, Z) float32 and the affine (4, 4) to RAS mm."""
-    image = nib.load(path)
-    shape = without_ones(image.shape)
-    if len(shape) != (3 if volume is None else 4):
-        raise Unusable(
-            f"its shape {by(shape)} is not 3D; a 4D file needs the item's 'volume', and only a 4D one has it"
-        )
-    voxels = image.dataobj if volume is None else image.dataobj[:, :, :, volume]
-    return np.asarray(voxels, dtype=np.float32).reshape(shape[:3]), np.array(image.affine)
-
-
-def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without trailing ones beyond the third side."""
-    shape = tuple(shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
 
 
 def read_dicom(files: Sequence[str | Path], min_size: int = 2) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -298,16 +189,3 @@ def _dicom_pixels(ds: pydicom.Dataset, name: str) -> np.ndarray:
                 "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
             ) from error
         raise Unusable(f"truncated or corrupt: the pixels of {name} cannot be read") from error
-
-
-def check_size(shape: Sequence[int], min_size: int) -> None:
-    """Raises `Unusable` for a 2D image, and for a side of fewer voxels than `min_size`."""
-    if len(shape) < 3 or shape[2] == 1:
-        raise Unusable("a 2D image")
-    if min(shape[:3]) < min_size:
-        raise Unusable(f"too small: {by(shape[:3])} voxels, every side needs at least {min_size}")
-
-
-def by(numbers: Iterable[float]) -> str:
-    """Sides or spacings in words, as `12x10x9`."""
-    return "x".join(f"{n:.3g}" if isinstance(n, float | np.floating) else str(n) for n in numbers)

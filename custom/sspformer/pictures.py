@@ -35,12 +35,15 @@ COLORS = (
     "#bfe03a #d98cb8 #ffb38a #5c9ead #b0413e #8fd694"
 ).split()
 
+
 CURVES = (  # title, pattern of the names of the columns that are drawn together
     ("loss", r".*(loss|_error)"),
     ("Dice", r".*dice.*"),
     ("PSNR, dB", r".*psnr.*"),
     ("SSIM", r".*ssim.*"),
 )
+
+
 NOT_DRAWN = ("epoch", "iteration", "learning_rate", "beta")  # the axis, and what follows a schedule
 
 
@@ -50,7 +53,7 @@ def reconstruction_panel(
     """One row a sample: clean, noisy, high-frequency map, masks, reconstruction, absolute error.
 
     Args:
-        output: of :class:`sspformer.pretraining.Reconstruct`; images in [0, 1]. Of 3D images the middle slice along the
+        output: of :class:`sspformer.engines.Reconstruct`; images in [0, 1]. Of 3D images the middle slice along the
             last axis (axial after ``Orientationd("RAS")``) is shown, of several channels the first.
         n_images: rows at the most.
         titles: a name for each row.

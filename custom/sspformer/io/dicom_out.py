@@ -24,19 +24,21 @@ from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from pydicom.valuerep import DA, TM, format_number_as_ds
 
-from . import __version__
-from .data.checking import digest
-from .data.reading import DicomStack, Unusable, read_stack
-from .files import replacing
-from .inference import POSTFIX, dicom_path
-from .visualize import class_colors
+from .. import __version__
+from ..pictures import class_colors
+from .dicom_in import DicomStack, read_stack
+from .errors import Unusable
+from .files import POSTFIX, dicom_path, digest, replacing
 
 __all__ = ["STRUCTURE_CODES", "SaveDicomd", "image_to_dicom", "import_highdicom", "segmentation_to_dicom"]
 
 logger = logging.getLogger("sspformer")
 
 PRODUCT, MODEL = "SSPFormer for MONAI", "sspformer_mri"
+
+
 PRIVATE_SCHEME = "99SSPFORMER"  # of structures without a standard code; names of private schemes begin with 99
+
 
 #: keyword in pydicom's dictionary of SNOMED CT of the structures that have a code
 STRUCTURE_CODES = {
@@ -58,12 +60,15 @@ STRUCTURE_CODES = {
     "cerebellar white matter": "CerebellarWhiteMatter",
 }
 
+
 # What results take over from the scan. All else, such as private elements, the range of the stored values and the
 # matrix of the acquisition, does not hold for the new voxels.
 REQUIRED = """
     PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName
     PositionReferenceIndicator
 """.split()  # may be empty, but not absent
+
+
 IDENTITY = """
     StudyInstanceUID FrameOfReferenceUID StudyDescription IssuerOfPatientID OtherPatientIDsSequence PatientAge
     PatientSize PatientWeight EthnicGroup PatientComments PatientIdentityRemoved DeidentificationMethod
@@ -71,11 +76,17 @@ IDENTITY = """
     ClinicalTrialProtocolName ClinicalTrialSiteID ClinicalTrialSiteName ClinicalTrialSubjectID
     ClinicalTrialSubjectReadingID ClinicalTrialTimePointID ClinicalTrialTimePointDescription
 """.split()
+
+
 EQUIPMENT = """
     Manufacturer ManufacturerModelName SoftwareVersions DeviceSerialNumber InstitutionName InstitutionAddress
     InstitutionalDepartmentName StationName
 """.split()
+
+
 LOSSY = "LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod".split()
+
+
 ACQUISITION = """
     AcquisitionDate AcquisitionTime AcquisitionDateTime AcquisitionNumber BodyPartExamined AnatomicRegionSequence
     Laterality ImageLaterality PatientPosition ProtocolName ContrastBolusAgent ContrastBolusAgentSequence
@@ -83,6 +94,8 @@ ACQUISITION = """
     AngioFlag RepetitionTime EchoTime EchoTrainLength InversionTime FlipAngle NumberOfAverages ImagingFrequency
     ImagedNucleus EchoNumbers MagneticFieldStrength PixelBandwidth ReceiveCoilName
 """.split()
+
+
 VALID = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM, "PatientSex": ("", "F", "M", "O").index}
 
 
@@ -160,7 +173,7 @@ def segmentation_to_dicom(
     without any structure one slice is written, empty in all segments, for a SEG without frames is not allowed.
 
     Args:
-        labels: ``(X, Y, Z)`` uint8, 0 for background, on the grid of :func:`sspformer.data.reading.read_dicom`.
+        labels: ``(X, Y, Z)`` uint8, 0 for background, on the grid of :func:`sspformer.io.read_dicom`.
         files: of the series, classic or enhanced, in any order.
         path: of the file to write.
         names: of the labels 1, 2, ...; those in :data:`STRUCTURE_CODES` get SNOMED CT codes, others private ones.

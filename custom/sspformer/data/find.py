@@ -12,11 +12,27 @@ from pathlib import Path, PurePosixPath
 
 import pydicom
 
-from .checking import Cache, digest, in_threads, stats
-from .naming import NIFTI_NAME, NIFTI_SUFFIX, is_label_path, known_subject_of, subject_of
-from .reading import reason_of
+from ..io.errors import reason_of
+from ..io.files import NIFTI_NAME, NIFTI_SUFFIX, digest, stats
+from .check import Cache, in_threads
+from .naming import is_label_path, known_subject_of, subject_of
+
+__all__ = [
+    "Scan",
+    "datalist_of",
+    "dicom_header",
+    "find_scans",
+    "has_lists",
+    "is_dicom",
+    "path_within",
+    "read_datalist",
+    "read_json",
+    "walk",
+]
 
 SPLITS = ("training", "validation", "test")  # the lists of a datalist
+
+
 MR_STORAGE = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # MR images, enhanced ones
 
 

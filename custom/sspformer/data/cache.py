@@ -13,9 +13,10 @@ import torch
 from monai.data import PersistentDataset
 from monai.utils import convert_to_tensor
 
-from ..files import replacing
-from .checking import digest, stats
-from .reading import files_of
+from ..io.files import digest, replacing, stats
+from ..io.load import files_of
+
+__all__ = ["CachedDataset", "file_hashing"]
 
 
 class CachedDataset(PersistentDataset):

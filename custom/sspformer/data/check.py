@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,12 +14,17 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from ..files import replacing
-from .reading import Unusable, by, check_size, read_dicom, without_ones
+from ..io.dicom_in import read_dicom
+from ..io.errors import Unusable, by, check_size, without_ones
+from ..io.files import digest, stats, write_atomically
+
+__all__ = ["Cache", "check_dicom", "check_header", "check_label", "check_nifti", "in_threads"]
 
 logger = logging.getLogger("sspformer")
 
 CHECK_VERSION = 4  # raise it whenever the check below changes, so that results cached by an older one are not used
+
+
 NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
 
 
@@ -171,23 +175,6 @@ class Cache:
         if self.file and time.monotonic() - self.saved >= every:
             write_atomically(self.file, json.dumps(self.new.copy()))
             self.saved = time.monotonic()
-
-
-def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, size in bytes and time of the last change in ns of each file."""
-    return [(str(f), s.st_size, s.st_mtime_ns) for f, s in ((f, f.stat()) for f in files)]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file, which several processes of one run may do at the same time."""
-    with replacing(path, shared=True) as part:
-        part.write_text(text, encoding="utf-8", newline="")
-
-
-def digest(text: object) -> str:
-    """A hash that stands for an identifier; empty for an empty one."""
-    text = str(text or "").strip()
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
 
 
 def in_threads(function: Callable, things: Sequence, num_workers: int, cache: Cache, description: str) -> list:

@@ -1,0 +1,60 @@
+"""The tie into MONAI's engines: batches, inferers, handlers, checkpoints, panels, reports."""
+
+from .checkpoints import (
+    LoadCheckpoint,
+    SaveBestModel,
+    SaveCheckpoint,
+    SaveEncoder,
+    StrictCheckpointLoader,
+    find_checkpoint,
+    save_atomically,
+    save_network,
+)
+from .checks import check_settings, check_sides
+from .handlers import FreezeEncoder, GradientClipping, Progress, SeedEpoch, Validation
+from .history import History
+from .inference import InferenceDataset, InferenceEvaluator, InferenceReport, unfinished
+from .inferers import AutocastInferer, AutocastSlidingWindowInferer, fast_bfloat16
+from .optimizers import layer_decay_groups, weight_decay_groups
+from .panels import ReconstructionPanel, RestorationPanel, SavePictured, SegmentationPanel
+from .postprocessing import Reconstruct, unpack_targets
+from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
+from .report import EvaluationReport
+
+__all__ = [
+    "AutocastInferer",
+    "AutocastSlidingWindowInferer",
+    "EvaluationReport",
+    "FreezeEncoder",
+    "GradientClipping",
+    "History",
+    "InferenceDataset",
+    "InferenceEvaluator",
+    "InferenceReport",
+    "LoadCheckpoint",
+    "PrepareBatchOnDevice",
+    "PrepareDegradedBatch",
+    "PrepareMaskedBatch",
+    "Progress",
+    "Reconstruct",
+    "ReconstructionPanel",
+    "RestorationPanel",
+    "SaveBestModel",
+    "SaveCheckpoint",
+    "SaveEncoder",
+    "SavePictured",
+    "SeedEpoch",
+    "SegmentationPanel",
+    "StrictCheckpointLoader",
+    "Validation",
+    "check_settings",
+    "check_sides",
+    "fast_bfloat16",
+    "find_checkpoint",
+    "layer_decay_groups",
+    "save_atomically",
+    "save_network",
+    "unfinished",
+    "unpack_targets",
+    "weight_decay_groups",
+]

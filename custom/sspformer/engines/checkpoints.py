@@ -1,0 +1,256 @@
+"""Checkpoints that survive a kill, and the weights that are written beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import CallableEventWithFilter, Engine, Events
+from monai.handlers import CheckpointLoader
+from monai.utils import str2bool
+
+from ..io.files import replacing
+
+__all__ = [
+    "LoadCheckpoint",
+    "SaveBestModel",
+    "SaveCheckpoint",
+    "SaveEncoder",
+    "StrictCheckpointLoader",
+    "find_checkpoint",
+    "save_atomically",
+    "save_network",
+]
+
+logger = logging.getLogger("sspformer")
+
+
+def save_atomically(content: Any, path: str | os.PathLike) -> None:
+    """``torch.save``: a kill leaves the old file or the new one, never half of one."""
+    with replacing(path) as part:
+        torch.save(content, part)
+
+
+class LoadCheckpoint(CheckpointLoader):
+    """MONAI's ``CheckpointLoader`` that restores the trainer's own state (epoch and iteration) as well."""
+
+    def __call__(self, engine: Engine) -> None:
+        self.load_dict = {**self.load_dict, "trainer": engine}
+        super().__call__(engine)
+        if engine.state.epoch >= engine.state.max_epochs:
+            logger.info(f"this run is complete: {engine.state.epoch} of {engine.state.max_epochs} epochs are done")
+
+
+def _every_and_last(interval: int) -> CallableEventWithFilter:
+    """The end of every so many epochs, and of the last one whatever the interval."""
+    return Events.EPOCH_COMPLETED(
+        event_filter=lambda engine, epoch: epoch % interval == 0 or epoch == engine.state.max_epochs
+    )
+
+
+class SaveCheckpoint:
+    """Write the whole state of the training after each epoch, atomically, to one file that :class:`LoadCheckpoint`
+    reads.
+
+    MONAI's ``CheckpointSaver`` writes in place: a kill at the wrong moment would leave nothing to resume from.
+
+    Args:
+        path: of the file.
+        save_dict: name to object with ``state_dict``; the trainer's own state joins them.
+        interval: epochs between two writes; the last epoch is always written.
+    """
+
+    def __init__(self, path: str, save_dict: Mapping[str, Any], interval: int = 1) -> None:
+        self.path, self.save_dict, self.interval = path, save_dict, interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(_every_and_last(self.interval), self)
+
+    def __call__(self, engine: Engine) -> None:
+        objects = {**self.save_dict, "trainer": engine}
+        # without a parallel wrapper, so that one process can go on from what several wrote, and the other way round
+        save_atomically({name: getattr(obj, "module", obj).state_dict() for name, obj in objects.items()}, self.path)
+
+
+class SaveEncoder:
+    """Write the encoder alone, a plain state dict that loads with ``weights_only=True``, as often as checkpoints.
+
+    Args:
+        network: the masked autoencoder.
+        path: of the file, usually ``models/pretrained/encoder.pt``.
+        interval: epochs between two writes; the last epoch is always written.
+    """
+
+    def __init__(self, network: torch.nn.Module, path: str, interval: int = 1) -> None:
+        self.network, self.path, self.interval = network, path, interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.COMPLETED, self)  # also of a run that was complete when it was resumed
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration > 0:
+            save_network(getattr(self.network, "module", self.network).encoder, self.path)
+
+
+class SaveBestModel:
+    """Write the network's plain state dict when a validation is the best so far.
+
+    For the evaluator; where nothing is held out for validation, for the trainer, whose end it then waits for. Of equal
+    values the later counts; a value that is not finite, as of labels that no validation scan has, counts as none, and
+    as long as there are no others the last weights are kept. Its own state, the best value, belongs into the
+    checkpoint.
+
+    Args:
+        network: whose weights.
+        path: of the file, usually ``models/model.pt``.
+    """
+
+    def __init__(self, network: torch.nn.Module, path: str) -> None:
+        self.network, self.path = network, Path(path)
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        best = state["best"]
+        self.best = best if best is not None and np.isfinite(best) else None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        name = engine.state.key_metric_name
+        value = None if name is None else float(engine.state.metrics[name])
+        finite = value is not None and np.isfinite(value)
+        better = self.best is None or (finite and not engine.metric_cmp_fn(self.best, value))
+        if better or not self.path.is_file():
+            self.best = value if finite else None
+            save_network(self.network, self.path)
+            logger.info(f"weights written to {self.path}" + ("" if name is None else f": {name} {value:.4g}"))
+
+
+def save_network(network: torch.nn.Module, path: str | os.PathLike) -> None:
+    """The plain state dict of a network, without the prefix of a parallel wrapper, on the CPU, atomically."""
+    state = getattr(network, "module", network).state_dict()
+    save_atomically({name: value.detach().cpu() for name, value in state.items()}, path)
+
+
+def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str | None:
+    """The checkpoint to resume from, or None to start afresh; writes ``settings`` beside it for the next time.
+
+    Args:
+        path: of the checkpoint in the output folder.
+        resume: False: start afresh even if there is one, which is kept as ``*_previous.pt``.
+        settings: what must be the same for a run to be resumed (data, seed, epochs, ...): what JSON holds, and objects,
+            whose plain attributes are compared.
+
+    Raises:
+        ValueError: if the checkpoint belongs to a run with other settings, naming them.
+    """
+    record = Path(path).with_suffix(".json")
+    settings = json.loads(json.dumps(settings, default=_attributes))
+    resume = str2bool(resume)  # the command line gives "false" as a string
+    if resume and os.path.isfile(path):
+        before = json.loads(record.read_text()) if record.is_file() else settings
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            details = [f"{name}: {_short(before.get(name))} then, {_short(settings[name])} now" for name in changed]
+            raise ValueError(
+                f"{path} belongs to a run with other settings ({'; '.join(details)}). Give this run an --output_dir "
+                "of its own, or pass --resume false to start afresh in this one."
+            )
+        logger.info(f"going on from {path}; pass --resume false to start afresh")
+        return path
+    with contextlib.suppress(FileNotFoundError):  # there is none, or another process of this run has renamed it
+        os.replace(path, record.with_name(record.stem + "_previous.pt"))
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=4) + "\n")
+    return None
+
+
+def _attributes(settings: Any) -> dict[str, Any]:
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {k: v for k, v in vars(settings).items() if isinstance(v, plain) and not k.startswith("_")}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class StrictCheckpointLoader:
+    """Loads a network's weights before the first batch: MONAI's ``CheckpointLoader`` with errors that say what to do.
+
+    By "CheckpointLoader" in its name MONAI's ``MonaiAlgo`` knows it, and disables it, as it brings weights of its own.
+
+    Args:
+        network: to load into.
+        path: of its state dict, or of a checkpoint with it as ``"network"``, of any floating point type; read with
+            ``weights_only``.
+
+    Raises:
+        FileNotFoundError: if there is no file at ``path``.
+        ValueError: if it does not hold exactly the network's tensors, naming those that differ, or one is not finite.
+    """
+
+    def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
+        self.network, self.path = network, path
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        if not Path(self.path).is_file():
+            raise FileNotFoundError(
+                f"no weights at {self.path}: train the model first (configs/train.json writes models/model.pt in its "
+                "output_dir), or name a file with --weights."
+            )
+        try:
+            source = torch.load(self.path, map_location="cpu", weights_only=True)
+            source = source["network"] if isinstance(source.get("network"), dict) else source
+            shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
+        except Exception as error:  # torch raises many types here: pickle's, zip's, RuntimeError, EOFError
+            raise ValueError(
+                f"{self.path} is damaged or no plain state dict ({type(error).__name__}): copy it again, or write it "
+                "with torch.save(network.state_dict(), path)."
+            ) from None
+        if broken := [name for name, tensor in source.items() if not tensor.isfinite().all()]:
+            raise ValueError(
+                f"the weights {self.path} are NaN or infinite in {len(broken)} tensors, such as {broken[0]}: the "
+                "training that wrote them has diverged, give those of before with --weights."
+            )
+        network = getattr(self.network, "module", self.network)
+        try:
+            network.load_state_dict(source)
+        except RuntimeError as error:
+            wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+            odd = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+            if not odd:  # all shapes fit
+                raise ValueError(f"the weights {self.path} are of another model: {error}") from None
+            if set(odd) == {"head.weight", "head.bias"} and set(odd) <= wanted.keys() & shapes.keys():
+                channels = shapes["head.weight"][0]
+                raise ValueError(
+                    f"the weights {self.path} have {channels} output channels, the network {wanted['head.weight'][0]}: "
+                    f"add --network_def#out_channels {channels} and --class_names with the names of the {channels - 1} "
+                    "labels, or the overlay that they were trained with."
+                ) from None
+            differ = [
+                f"{name} is {shapes.get(name, 'missing')} in the file and {wanted.get(name, 'missing')} in the network"
+                for name in odd
+            ]
+            more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise ValueError(
+                f"the weights {self.path} are of another model: {'; '.join(differ[:3])}{more}. Add the overlay that "
+                "they were trained with (--config_file \"['configs/inference.json','configs/denoising.json']\"), or "
+                "give others with --weights."
+            ) from None
+        logger.info(f"weights from {self.path}")

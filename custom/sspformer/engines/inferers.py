@@ -1,0 +1,65 @@
+"""MONAI's inferers under bfloat16 autocast."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.utils import str2bool
+from torch import Tensor
+
+__all__ = ["AutocastInferer", "AutocastSlidingWindowInferer", "fast_bfloat16"]
+
+
+def fast_bfloat16(device: torch.device | str) -> bool:
+    """Whether bfloat16 pays on this device: GPUs from Ampere on, CPUs with AVX-512 or better (oneDNN's own test)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class AutocastInferer(SimpleInferer):
+    """MONAI's ``SimpleInferer`` under bfloat16 autocast, on CPU and GPU alike; its output is float32 again.
+
+    MONAI's trainer knows autocast for CUDA only. bfloat16 needs no loss scaling, so nothing else of the trainer
+    changes.
+
+    Args:
+        enabled: False: run in the network's own precision.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__()
+        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+
+    def __call__(self, inputs: Tensor, network, *args, **kwargs):
+        autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if self.enabled else nullcontext()
+        with autocast:
+            output = super().__call__(inputs, network, *args, **kwargs)
+        return output.float()
+
+
+class AutocastSlidingWindowInferer(SlidingWindowInferer):
+    """MONAI's ``SlidingWindowInferer`` whose network runs under bfloat16 autocast, on CPU and GPU alike.
+
+    Windows are blended in float32.
+
+    Args:
+        args: of ``SlidingWindowInferer``.
+        enabled: False: run in the network's own precision.
+        kwargs: of ``SlidingWindowInferer``.
+    """
+
+    def __init__(self, *args, enabled: bool = True, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+
+    def __call__(self, inputs: Tensor, network, *args, **kwargs):
+        def in_autocast(*windows, **options) -> Tensor:
+            with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.enabled):
+                return network(*windows, **options).float()
+
+        return super().__call__(inputs, in_autocast, *args, **kwargs)

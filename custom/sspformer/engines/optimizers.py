@@ -1,0 +1,58 @@
+"""Parameter groups of the optimiser."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["layer_decay_groups", "weight_decay_groups"]
+
+
+def weight_decay_groups(network: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for AdamW: matrices decay; biases, norms and the mask token do not."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim == 2]
+    others = [p for p in parameters if p.ndim != 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def layer_decay_groups(
+    network: nn.Module, learning_rate: float, layer_decay: float = 1.0, weight_decay: float = 0.0
+) -> list[dict]:
+    """Parameter groups for AdamW, with layer-wise learning-rate decay in the encoder.
+
+    The decoder learns at ``learning_rate``; the encoder's last block at ``layer_decay`` times that, the block before it
+    at ``layer_decay ** 2`` times, and so on to the patch embedding (Clark et al., arXiv 2003.10555; Bao et al.,
+    arXiv 2106.08254). Matrices and convolutions decay their weights; biases and norms do not.
+
+    Args:
+        network: a dense network with an ``encoder``, or its parallel wrapper.
+        learning_rate: of the decoder, above 0.
+        layer_decay: in (0, 1]; 1: one learning rate for all.
+        weight_decay: of AdamW, at least 0.
+
+    Raises:
+        ValueError: if ``layer_decay`` is outside its range.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 gives all layers one learning rate.")
+    network = getattr(network, "module", network)
+    n_blocks = len(network.encoder.blocks)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        distance = 0  # from the decoder, in layers
+        if name.startswith("encoder.blocks."):
+            distance = n_blocks - int(name.split(".")[2])
+        elif name.startswith("encoder.norm."):
+            distance = 1
+        elif name.startswith("encoder."):
+            distance = n_blocks + 1
+        groups.setdefault((distance, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * layer_decay**distance,
+            "weight_decay": weight_decay if matrices else 0.0,
+        }
+        for (distance, matrices), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

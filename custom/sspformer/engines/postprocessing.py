@@ -1,0 +1,86 @@
+"""What metrics and pictures need, added to an engine's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.utils import str2bool
+
+from ..losses import normalize_patches
+from ..networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
+from ..transforms.masking import MaskIndices, voxel_mask
+from ..transforms.resolution import keep_measured
+
+__all__ = ["Reconstruct", "unpack_targets"]
+
+
+class Reconstruct:
+    """Postprocessing of the validation: what metrics and pictures need, added to the engine's output.
+
+    - ``pred_masked``, ``true_masked``: predicted and clean masked patches ``(B, M, P)``;
+    - ``pred_high``, ``true_high``: the same of the quarter of them with the highest energy;
+    - ``mean_masked``: every voxel predicted as the mean of the visible ones: what a network that learned nothing
+      reaches;
+    - ``reconstruction``, ``clean`` (B, C, *S): masked patches as predicted, visible ones as they are in the clean
+      image;
+    - ``voxel_mask`` (B, 1, *S).
+
+    Args:
+        network: the masked autoencoder, for its patch size.
+        normalize_target: as in the loss; predictions are then brought back with the clean patch's mean and standard
+            deviation.
+    """
+
+    def __init__(self, network: torch.nn.Module, normalize_target: bool = False) -> None:
+        self.patch_size = tuple(getattr(network, "module", network).patch_size)
+        self.normalize_target = normalize_target
+
+    def __call__(self, output: dict) -> dict:
+        target, image = output["label"], output["label"]["image"]
+        index, sides = target["mask"], image.shape[2:]
+        padded = pad_to_patches(image, self.patch_size)
+        patches = patchify(padded, self.patch_size)
+        true = gather_tokens(patches, index)
+        pred = output["pred"][:, : index.shape[1]].float()
+        if self.normalize_target:
+            _, mean, std = normalize_patches(true)
+            pred = pred * std + mean
+
+        energy = target["energy"].gather(1, index)
+        high = energy.topk(max(index.shape[1] // 4, 1), dim=1).indices
+        visible_mean = gather_tokens(patches, target["keep"]).mean(dim=(1, 2), keepdim=True)
+        filled = patches.scatter(1, index[..., None].expand_as(pred), pred)
+        grid = [side // patch for side, patch in zip(padded.shape[2:], self.patch_size)]
+        crop = (..., *(slice(0, side) for side in sides))
+        return {
+            **output,
+            "clean": image,
+            "pred_masked": pred,
+            "true_masked": true,
+            "pred_high": gather_tokens(pred, high),
+            "true_high": gather_tokens(true, high),
+            "mean_masked": visible_mean.expand_as(true),
+            "reconstruction": unpatchify(filled, grid, self.patch_size)[crop],
+            "voxel_mask": voxel_mask(MaskIndices(target["keep"], index), sides, self.patch_size),
+        }
+
+
+def unpack_targets(output: Mapping[str, Any], data_consistency: bool = False) -> dict[str, Any]:
+    """An engine's output with the ``clean`` and ``degraded`` of its targets beside ``pred``, for metrics and pictures.
+
+    Args:
+        output: of a batch, or of one sample of it.
+        data_consistency: put the measured k-space back into ``pred``, see :func:`keep_measured`.
+    """
+    output = {**output, **output["label"]}
+    if str2bool(data_consistency):  # the command line gives "false" as a string
+        if "factor" not in output:
+            raise ValueError("data_consistency is for lost resolution: this degradation leaves no k-space to keep.")
+        pred, degraded, factor = (torch.as_tensor(output[key]) for key in ("pred", "degraded", "factor"))
+        if factor.ndim == 1:
+            output["pred"] = keep_measured(pred[None], degraded[None], factor)[0]
+        else:
+            output["pred"] = keep_measured(pred, degraded, factor)
+    return output

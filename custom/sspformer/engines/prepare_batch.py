@@ -1,0 +1,155 @@
+"""MONAI's ``prepare_batch``: noise, masks and lower resolution for a whole batch on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.engines import PrepareBatch
+from monai.transforms import Randomizable
+from torch import Tensor
+
+from .. import kspace
+from ..options import is_null
+from ..transforms.masking import MaskSampler
+from ..transforms.noise import NoiseSampler
+
+__all__ = ["PrepareBatchOnDevice", "PrepareDegradedBatch", "PrepareMaskedBatch"]
+
+
+class PrepareBatchOnDevice(PrepareBatch, Randomizable):
+    """What both ``prepare_batch`` of ours share: a batch's images on the device, and a generator there.
+
+    Args:
+        image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor.
+        seed: of what is drawn; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+    """
+
+    def __init__(self, image_key: str = "image", seed: int = 0) -> None:
+        self.image_key = image_key
+        self.set_random_state(seed)
+
+    def set_random_state(self, seed=None, state=None) -> PrepareBatchOnDevice:
+        """As of MONAI's Randomizable; the generator of the device starts anew as well."""
+        super().set_random_state(seed, state)
+        self._generator: torch.Generator | None = None
+        self._device_seed = int(self.R.randint(2**31))
+        return self
+
+    def load(
+        self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
+    ) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Images ``(B, C, *S)``, float32, their spacing in mm ``(B, len(S))``, and the generator, all on the device."""
+        image = batchdata[self.image_key]
+        spacing = kspace.spacing_of(image)
+        image = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
+        if spacing is not None and image.device.type == "cuda":
+            spacing = spacing.pin_memory().to(device, non_blocking=True)  # the host does not wait for the device
+        if self._generator is None or self._generator.device != image.device:
+            self._generator = torch.Generator(image.device).manual_seed(self._device_seed)
+        return image, kspace.as_spacing(spacing, image), self._generator
+
+
+class PrepareMaskedBatch(PrepareBatchOnDevice):
+    """Noise and masks for a whole batch on the device: MONAI's ``prepare_batch`` of pretraining.
+
+    The masks are drawn from the clean image, the network sees the noisy one.
+
+    Args:
+        mask: draws the masks.
+        noise: draws the noise; None, or "null" as a command line has it: the input is the clean image.
+        predict_visible: ask the network for the visible patches as well, for a loss with ``visible_weight`` above 0.
+        image_key: entry of the batch, ``(B, C, *S)``, values in [0, 1]; spacing is read from it if it is a MetaTensor.
+        seed: of the noise and the masks; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+    """
+
+    def __init__(
+        self,
+        mask: MaskSampler,
+        noise: NoiseSampler | None = None,
+        predict_visible: bool = False,
+        image_key: str = "image",
+        seed: int = 0,
+    ) -> None:
+        self.mask, self.noise = mask, None if is_null(noise) else noise
+        self.predict_visible = predict_visible
+        super().__init__(image_key, seed)
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor], tuple, dict[str, Tensor]]:
+        """The four parts that MONAI's engines take: noisy image, targets, no arguments, keyword arguments of the
+        network.
+
+        The targets are ``image`` (clean), ``noisy``, ``mask`` and ``keep`` (indices), ``energy`` and ``foreground`` of
+        the patches, and ``spacing``.
+        """
+        image, spacing, generator = self.load(batchdata, device, non_blocking, **kwargs)
+        indices, energy, foreground = self.mask(image, spacing, generator)
+        noisy = image if self.noise is None else self.noise(image, spacing, generator, self.R)
+        target = {
+            "image": image,
+            "noisy": noisy,
+            "mask": indices.mask,
+            "keep": indices.keep,
+            "energy": energy,
+            "foreground": foreground,
+            "spacing": spacing,
+        }
+        predict = torch.cat([indices.mask, indices.keep], dim=1) if self.predict_visible else indices.mask
+        return noisy, target, (), {"ids_keep": indices.keep, "ids_predict": predict}
+
+
+class PrepareDegradedBatch(PrepareBatchOnDevice):
+    """Degrades a batch of clean images on the device: MONAI's ``prepare_batch`` of the restoration tasks.
+
+    Fourier transforms wrap around at the border of a crop, where a scan goes on. So crops come with a margin, which is
+    degraded with them and then cut off.
+
+    Args:
+        degradation: called as ``degradation(image, spacing, generator, random_state)``, as
+            :class:`sspformer.transforms.NoiseSampler` and :class:`sspformer.transforms.ResolutionSampler` are.
+        margin: voxels at each end of each spatial axis; 0 for whole scans.
+        image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor. Values below 0,
+            which a magnitude image has none of, become 0.
+        seed: of the degradation; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+
+    Raises:
+        ValueError: if ``margin`` is negative, or leaves nothing of a batch.
+    """
+
+    def __init__(self, degradation: Any, margin: int = 0, image_key: str = "image", seed: int = 0) -> None:
+        if margin < 0:
+            raise ValueError(f"margin must be 0 or more, got {margin}.")
+        self.degradation, self.margin = degradation, margin
+        super().__init__(image_key, seed)
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor], tuple, dict]:
+        """The four parts that MONAI's engines take: degraded image, targets ``clean`` and ``degraded``, nothing more.
+
+        All are ``(B, C, *S)`` with ``S`` less twice the margin. Of a sampler that draws factors the targets have
+        ``factor`` too, ``(B, len(S))``: they say which k-space was measured.
+        """
+        sides = tuple(batchdata[self.image_key].shape[2:])
+        if min(sides) <= 2 * self.margin:
+            raise ValueError(
+                f"crops of {sides} voxels are used up by a margin of {self.margin} at each end: set crop_size "
+                "above 2 * margin."
+            )
+        clean, spacing, generator = self.load(batchdata, device, non_blocking, **kwargs)
+        clean = clean.clamp(min=0)
+        degraded = self.degradation(clean, spacing, generator, self.R)
+        inner = (..., *(slice(self.margin, side - self.margin) for side in clean.shape[2:]))
+        clean, degraded = clean[inner].contiguous(), degraded[inner].contiguous()
+        target = {"clean": clean, "degraded": degraded}
+        if "factor" in self.drawn:
+            target["factor"] = self.drawn["factor"]
+        return degraded, target, (), {}
+
+    @property
+    def drawn(self) -> Mapping[str, Tensor]:
+        """What the samples of the last batch were degraded by: ``sigma`` or ``factor``, as the sampler says."""
+        return getattr(self.degradation, "drawn", {})

@@ -1,0 +1,94 @@
+"""Files that are whole or not there, and how outputs are named."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+__all__ = [
+    "POSTFIX",
+    "dicom_path",
+    "digest",
+    "output_path",
+    "picture_path",
+    "record_path",
+    "replacing",
+    "stats",
+    "stem",
+    "write_atomically",
+]
+
+
+def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Path, size in bytes and time of the last change in ns of each file."""
+    return [(str(f), s.st_size, s.st_mtime_ns) for f, s in ((f, f.stat()) for f in files)]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file, which several processes of one run may do at the same time."""
+    with replacing(path, shared=True) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def digest(text: object) -> str:
+    """A hash that stands for an identifier; empty for an empty one."""
+    text = str(text or "").strip()
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+
+
+NIFTI_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.I)
+
+
+NIFTI_NAME = re.compile(r"\.nii(\.gz)?$", re.I)
+
+
+def stem(name: str) -> str:
+    """A file name without the suffixes of NIfTI."""
+    return NIFTI_SUFFIX.sub("", name)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
+    """A path beside the file to write to, which then takes the file's place: a kill leaves the old file or the new one,
+    never half of one. The folder is made.
+
+    Args:
+        path: of the file.
+        shared: several processes may write it at the same time. Else what a killed one left is written over.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+#: what each task appends to the name of a scan
+POSTFIX = {"segmentation": "seg", "denoising": "denoised", "super_resolution": "sr"}
+
+
+def output_path(name: str, output_dir: str | Path, postfix: str) -> Path:
+    """Where the prediction for the item of this name goes."""
+    return Path(output_dir) / f"{name}_{postfix}.nii.gz"
+
+
+def picture_path(name: str, output_dir: str | Path, postfix: str) -> Path:
+    """Where the picture of that prediction goes."""
+    return Path(output_dir) / "pictures" / f"{name}_{postfix}.png"
+
+
+def dicom_path(name: str, output_dir: str | Path, postfix: str) -> Path:
+    """Where that prediction goes as DICOM: a file for a segmentation, a folder of slices for an image."""
+    return Path(output_dir) / f"{name}_{postfix}{'.dcm' if postfix == POSTFIX['segmentation'] else ''}"
+
+
+def record_path(name: str, output_dir: str | Path, postfix: str) -> Path:
+    """Where it is written what that prediction was made from, see :func:`unfinished`."""
+    return Path(output_dir) / f"{name}_{postfix}.json"

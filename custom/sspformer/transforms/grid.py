@@ -1,0 +1,130 @@
+"""Between the grid of the network and that of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import ensure_tuple_rep
+from torch import Tensor
+
+__all__ = ["InvertArgmaxd", "KeepAffined", "argmax_on_grid"]
+
+
+class KeepAffined(MapTransform):
+    """Reduce a MetaTensor to its voxels and its affine: nothing else is needed from here on, and a cache file of it
+    loads with ``weights_only``."""
+
+    def __call__(self, data: Mapping) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = MetaTensor(d[key].as_tensor(), affine=d[key].affine)
+        return d
+
+
+class InvertArgmaxd(MapTransform):
+    """Class scores on the network's grid become the label map on the grid that the file has, uint8.
+
+    Scores are interpolated linearly and the largest wins, so borders are smooth where the file's grid is the finer one.
+    MONAI's ``Invertd`` would hold all classes at the file's resolution before the argmax: 18 of a 1 mm head are 850 MB.
+    The way back is read off the affines alone, so any preprocessing that keeps the affine is undone.
+
+    Args:
+        keys: scores ``(classes, *S)``.
+        orig_keys: the preprocessed image ``(C, *S)`` of each key, a MetaTensor with ``original_affine`` and
+            ``spatial_shape`` of its file.
+        allow_missing_keys: do not raise if a key is missing.
+    """
+
+    def __init__(
+        self, keys: KeysCollection = "pred", orig_keys: KeysCollection = "image", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.orig_keys = ensure_tuple_rep(orig_keys, len(self.keys))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key, orig_key in self.key_iterator(d, self.orig_keys):
+            image = d[orig_key]
+            affine, shape = image.meta["original_affine"], image.meta["spatial_shape"]
+            scores = torch.as_tensor(d[key]).as_subclass(Tensor)
+            labels = argmax_on_grid(scores, image.affine, [int(side) for side in shape], affine)
+            meta = {name: value for name, value in image.meta.items() if name != "affine"} | {"n_classes": len(scores)}
+            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
+        return d
+
+
+def argmax_on_grid(
+    scores: Tensor,
+    affine: Tensor | np.ndarray,
+    shape: Sequence[int],
+    target_affine: Tensor | np.ndarray,
+    slab_voxels: int = 2**22,
+) -> Tensor:
+    """The class with the largest score, linearly interpolated, at each voxel of another grid.
+
+    Args:
+        scores: ``(classes, X, Y, Z)``, at most 256 classes. Beyond the outermost voxels the scores are theirs.
+        affine: of the scores, voxels to mm, ``(4, 4)``.
+        shape: of the other grid, three sides.
+        target_affine: of the other grid, voxels to mm, ``(4, 4)``.
+        slab_voxels: scores that are interpolated at a time; the other grid is filled slab by slab.
+
+    Returns:
+        uint8 of the given shape, on the device of the scores.
+    """
+    to_scores = np.linalg.solve(np.asarray(affine, float), np.asarray(target_affine, float))[:3]
+    labels = torch.empty(tuple(shape), dtype=torch.uint8, device=scores.device)
+    step = max(1, slab_voxels // (scores.shape[0] * shape[1] * shape[2]))
+    axes = np.abs(to_scores[:, :3]).argmax(axis=0)  # of the scores, along each axis of the grid
+    oblique = to_scores[:, :3].copy()
+    oblique[axes, range(3)] = 0
+    aligned = len(set(axes)) == 3 and np.abs(oblique * np.asarray(shape)).max() < 1e-3  # voxels, across the grid
+    interpolated = (
+        _interpolate_by_axis(scores, to_scores, axes, shape, step)
+        if aligned
+        else _interpolate(scores, to_scores, shape, step)
+    )
+    for rows, slab in interpolated:
+        labels[rows] = slab.max(dim=0).indices.to(torch.uint8)  # on a CPU faster than argmax
+    return labels
+
+
+def _interpolate_by_axis(
+    scores: Tensor, to_scores: np.ndarray, axes: np.ndarray, shape: Sequence[int], step: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slabs of a grid whose axes are those of the scores: matrix products, faster than ``grid_sample``."""
+    scores = scores.permute(0, *(1 + axes))
+    weights = []
+    for i, (axis, n, side) in enumerate(zip(axes, shape, scores.shape[1:], strict=True)):
+        at = (to_scores[axis, i] * np.arange(n) + to_scores[axis, 3]).clip(0, side - 1)
+        weights.append((1 - np.abs(at[:, None] - np.arange(side))).clip(0))  # of each score in each voxel
+    x, (y, z) = weights[0], (torch.from_numpy(w).to(scores) for w in weights[1:])
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        seen = np.flatnonzero(x[rows].any(axis=0))
+        seen = slice(seen[0], seen[-1] + 1)
+        slab = torch.from_numpy(x[rows, seen]).to(scores) @ scores[:, seen].flatten(2)
+        yield rows, y @ slab.unflatten(2, scores.shape[2:]) @ z.T
+
+
+def _interpolate(
+    scores: Tensor, to_scores: np.ndarray, shape: Sequence[int], step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slabs of any grid."""
+    sides = torch.tensor(scores.shape[1:], dtype=torch.float64)
+    # grid_sample counts from -1 to 1, x last
+    to_unit = (2 / (sides - 1).clamp(min=1))[:, None] * torch.from_numpy(to_scores)
+    to_unit[:, 3] -= 1
+    to_unit = to_unit.flip(0).to(scores.device, torch.float32)
+    j, k = torch.meshgrid(*(torch.arange(n, device=scores.device) for n in shape[1:]), indexing="ij")
+    in_slice = j[..., None] * to_unit[:, 1] + k[..., None] * to_unit[:, 2] + to_unit[:, 3]  # Y Z 3
+    for i in torch.arange(shape[0], device=scores.device).split(step):
+        points = in_slice + i[:, None, None, None] * to_unit[:, 0]
+        yield i, F.grid_sample(scores[None], points[None], padding_mode="border", align_corners=True)[0]
