@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..metrics import _mean_of_finite, summarize
 
-__all__ = ["EvaluationReport"]
+__all__ = ["EvaluationReport", "names_of", "samples_of"]
 
 logger = logging.getLogger("sspformer")
 
@@ -61,9 +61,9 @@ class EvaluationReport:
         self.drawn: list[dict[str, Any]] = []
 
     def collect(self, engine: Engine) -> None:
-        names = _names(engine.state.batch)
+        names = names_of(engine.state.batch)
         self.names += names
-        samples = _samples(engine.state.batch)
+        samples = samples_of(engine.state.batch)
         self.subjects += [str(sample.get("subject", name)) for sample, name in zip(samples, names, strict=True)]
         drawn = getattr(engine.prepare_batch, "drawn", {})
         self.drawn += [{key: _as_cell(values[i]) for key, values in drawn.items()} for i in range(len(names))]
@@ -155,7 +155,7 @@ def _table(summary: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _samples(output: Mapping | Sequence[Mapping]) -> list[Mapping]:
+def samples_of(output: Mapping | Sequence[Mapping]) -> list[Mapping]:
     """The samples of an engine's output or batch, decollated or not."""
     if not isinstance(output, Mapping):
         return list(output)
@@ -169,5 +169,6 @@ def _take(value: Any, i: int) -> Any:
     return value[i] if isinstance(value, (Tensor, Sequence)) else value
 
 
-def _names(batch: Mapping | Sequence[Mapping]) -> list[str]:
-    return [str(sample.get("name", f"sample_{i}")) for i, sample in enumerate(_samples(batch))]
+def names_of(batch: Mapping | Sequence[Mapping]) -> list[str]:
+    """The names of a batch's samples; ``sample_0`` and so on for those without."""
+    return [str(sample.get("name", f"sample_{i}")) for i, sample in enumerate(samples_of(batch))]
