@@ -13,6 +13,7 @@ from .errors import Unusable, by, check_size, reason_of, without_ones
 from .files import digest, output_path, replacing, stats, stem, write_atomically
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like
+from .tables import format_table, write_csv
 
 __all__ = [
     "DicomStack",
@@ -26,6 +27,7 @@ __all__ = [
     "check_size",
     "digest",
     "files_of",
+    "format_table",
     "image_to_dicom",
     "import_highdicom",
     "is_series",
@@ -41,4 +43,5 @@ __all__ = [
     "stem",
     "without_ones",
     "write_atomically",
+    "write_csv",
 ]
