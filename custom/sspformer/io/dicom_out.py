@@ -146,8 +146,8 @@ class SaveSegmentationDicomd(_SaveDicomd):
     """Writes label maps of DICOM series as DICOM SEG, see :func:`segmentation_to_dicom`.
 
     Args:
-        keys: label map on the file's grid, one key: ``(1, X, Y, Z)`` with the names of its structures as ``class_names``
-            in its metadata, as :class:`sspformer.transforms.InvertArgmaxd` leaves it.
+        keys: label map on the file's grid, one key: ``(1, X, Y, Z)`` with the names of its structures in its metadata,
+            as :class:`sspformer.transforms.InvertArgmaxd` leaves it.
         output_dir: gets ``<name>_<postfix>.dcm``.
         postfix: of the result.
 

@@ -14,10 +14,10 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
-__all__ = ["InvertArgmaxd", "KeepAffined", "argmax_on_grid"]
+__all__ = ["InvertArgmaxd", "KeepOnlyAffined", "argmax_on_grid"]
 
 
-class KeepAffined(MapTransform):
+class KeepOnlyAffined(MapTransform):
     """Reduce a MetaTensor to its voxels and its affine: nothing else is needed from here on, and a cache file of it
     loads with ``weights_only``."""
 

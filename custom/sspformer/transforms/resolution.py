@@ -21,7 +21,7 @@ from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
@@ -412,9 +412,8 @@ class DataConsistencyd(MapTransform):
         self, keys: KeysCollection, low_key: str = "low", enabled: bool = True, resampled: bool = True
     ) -> None:
         super().__init__(keys)
-        self.low_key = low_key
-        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
-        if self.enabled and not resampled:
+        self.low_key, self.enabled = low_key, enabled
+        if enabled and not resampled:
             raise ValueError(
                 "data_consistency true is for super-resolution, which keeps the k-space that was measured; other tasks "
                 "have none to keep: leave --data_consistency out, or add configs/super_resolution.json."
