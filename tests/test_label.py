@@ -262,7 +262,7 @@ def test_a_label_map_that_does_not_fit_is_refused_by_name(bundle, datalist, tmp_
 
 @pytest.mark.parametrize("run_id", ["run", ""])
 def test_training_without_a_label_says_so(bundle, run_id):
-    with pytest.raises(RuntimeError, match="from_client") as caught:
+    with pytest.raises(RuntimeError, match="from_monai_label") as caught:
         train(bundle, [], run_id)
     assert "there is no labelled image to train on" in str(first_cause(caught.value))
 

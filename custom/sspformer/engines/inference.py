@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import time
@@ -18,6 +17,7 @@ from monai.engines import SupervisedEvaluator
 from ..compat import original_error
 from ..io.files import digest, stats, stem, write_atomically
 from ..io.load import files_of, is_series
+from ..io.tables import write_csv
 
 __all__ = ["InferenceDataset", "InferenceEvaluator", "InferenceReport", "ResultWriter", "ScansFailed", "mark_done"]
 
@@ -216,9 +216,7 @@ class InferenceReport:
                 place.unlink(missing_ok=True)  # an earlier record must not vouch for what is written from now on
                 if "record" in item:
                     self.records[item["name"]] = place, item["record"]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writeheader()
+        write_csv(self.path, self.rows, self.COLUMNS)
         left = {item["name"] for item in to_do}
         for name in self.sources:
             if name not in left:
@@ -240,8 +238,7 @@ class InferenceReport:
     def add(self, name: str, status: str, seconds: float | str = "", reason: str = "") -> None:
         values = (name, status, seconds, reason, self.sources.get(name, ""))
         self.rows.append(dict(zip(self.COLUMNS, values)))
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
+        write_csv(self.path, self.rows, self.COLUMNS)
 
     def count(self, engine: Engine) -> None:
         """Set the numbers of scans, and the seconds, as the engine's metrics, which ``--tracking mlflow`` logs."""

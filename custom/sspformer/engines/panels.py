@@ -112,8 +112,8 @@ class _Panel:
         self._samples: list[dict] = []
 
     def collect(self, engine: Engine) -> None:
-        batch = engine.state.batch
-        for output, item, name in zip(samples_of(engine.state.output), samples_of(batch), names_of(batch)):
+        items = samples_of(engine.state.batch)
+        for output, item, name in zip(samples_of(engine.state.output), items, names_of(items)):
             if len(self._samples) < self.n_images:
                 sample = {**{key: output.get(key) for key in ("image", "label", "pred")}, "name": name}
                 if not isinstance(sample["image"], MetaTensor) and isinstance(item["image"], MetaTensor):
