@@ -17,6 +17,7 @@ from .files import (
 )
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like
+from .tables import format_table, write_csv
 
 __all__ = [
     "DicomStack",
@@ -31,6 +32,7 @@ __all__ = [
     "dicom_path",
     "digest",
     "files_of",
+    "format_table",
     "image_to_dicom",
     "import_highdicom",
     "is_series",
@@ -48,4 +50,5 @@ __all__ = [
     "stem",
     "without_ones",
     "write_atomically",
+    "write_csv",
 ]
