@@ -21,7 +21,7 @@ from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
 from sspformer.compat import errors_last
-from sspformer.data import class_weights, prepare_datalist, prepare_pairs
+from sspformer.data import DatasetOptions, class_weights, prepare_datalist, prepare_pairs
 from sspformer.engines import FreezeEncoder, SaveBestModel, layer_decay_groups
 from sspformer.io import LoadScand
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
@@ -304,7 +304,7 @@ def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
         transforms = [step for entry in entries for step in parser.get_parsed_content(entry)]
         return Compose(transforms)(item)["label"][0].numpy()
 
-    (item,) = prepare_pairs(tmp_path, classes=10, val_fraction=0)["training"]
+    (item,) = prepare_pairs(DatasetOptions(tmp_path, classes=10, val_fraction=0))["training"]
     for label in (read("train.json", "preprocessing", "compact"), read("evaluate.json", "label_loading")):
         assert label.dtype == np.uint8 and np.array_equal(label, numbers)
     torch.testing.assert_close(class_weights([item], 10), torch.ones(10))
@@ -393,7 +393,7 @@ def interrupted():
     "fail, said",
     [
         (failing_config, "error: {path} is damaged or holds more than weights"),
-        (prepare_datalist, "error: the datalist {path} is not valid JSON"),
+        (lambda path: prepare_datalist(DatasetOptions(path)), "error: the datalist {path} is not valid JSON"),
         (lambda path: failing_loader(0), "error: cannot read the scan gone.nii.gz: no such file"),
         (lambda path: failing_loader(1), "error: cannot read the scan gone.nii.gz: no such file"),
         (lambda path: interrupted(), None),

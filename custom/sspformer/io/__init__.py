@@ -1,6 +1,6 @@
 """Files in and out: NIfTI and DICOM."""
 
-from .dicom_in import DicomStack, read_dicom, read_stack
+from .dicom_in import DicomStack, quiet_dicom, read_dicom, read_stack
 from .dicom_out import STRUCTURE_CODES, SaveDicomd, image_to_dicom, import_highdicom, segmentation_to_dicom
 from .errors import Unusable, by, check_size, reason_of, without_ones
 from .files import (
@@ -38,6 +38,7 @@ __all__ = [
     "is_series",
     "output_path",
     "picture_path",
+    "quiet_dicom",
     "read_dicom",
     "read_nifti",
     "read_stack",
