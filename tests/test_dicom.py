@@ -216,7 +216,7 @@ def test_a_study_as_it_is_exported(tmp_path):
         "not MR: the DICOM modality is CT",
         "not MR: the DICOM modality is OT",
         "different orientations (a localizer",
-        "dcmconv mends",
+        "dcmconv repairs",
         "empty file (0 bytes)",
     ):
         assert reason in said, reason
