@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output_dir of a pretraining run")
     parser.add_argument("--images", nargs="+", required=True, help="NIfTI files that the run was not trained on")
-    parser.add_argument("--output", default=str(ROOT / "bundle" / "docs" / "reconstruction.png"))
+    parser.add_argument("--output", default=str(ROOT / "docs" / "images" / "reconstruction.png"))
     parser.add_argument("--spacing", type=float, default=2.0, help="mm")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
