@@ -152,8 +152,12 @@ def _lists(found: Found, options: DatasetOptions, splits: Sequence[str]) -> dict
     return lists
 
 
-def _test_items(find: Callable[[DatasetOptions, CheckCache], Found], options: DatasetOptions) -> list[dict]:
-    found = _find_and_check(find, replace(options, min_size=MIN_SIZE), keep_test)
+def _test_items(
+    find: Callable[[DatasetOptions, CheckCache], Found],
+    options: DatasetOptions,
+    choose: Callable[[Found, DatasetOptions], None] = keep_test,
+) -> list[dict]:
+    found = _find_and_check(find, replace(options, min_size=MIN_SIZE), choose)
     report(found, options)
     return [item for scan in found.usable for item in scan.items()]
 

@@ -75,8 +75,10 @@ class DatasetOptions:
     max_volumes: int = 4
     num_workers: int = 2
 
+    conversions = CONVERSIONS
+
     def __post_init__(self) -> None:
-        for name, (convert, what) in CONVERSIONS.items():
+        for name, (convert, what) in self.conversions.items():
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, convert(value))

@@ -35,6 +35,10 @@ def report(found: Found, options: DatasetOptions) -> None:
     rows += [{"status": f"{what}, left out", "path": str(path)} for what, paths in left_out.items() for path in paths]
     if options.output_dir:
         columns = [*SHOWN, "labels", "status", "path", "label_path"] if found.labelled else [*SHOWN, "status", "path"]
+        if any(scan.target is not None for scan in usable):
+            columns.append("target")
+            for scan, row in zip(usable, rows):
+                row["target"] = options.classes[scan.target] if isinstance(scan.target, int) else f"{scan.target:g}"
         write_csv(options.output_dir / "scans.csv", rows, columns)
     if usable:
         columns = [*SHOWN, "labels"] if found.labelled else SHOWN
