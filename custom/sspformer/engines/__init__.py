@@ -18,6 +18,14 @@ from .inferers import AutocastInferer, AutocastSlidingWindowInferer, fast_bfloat
 from .optimizers import layer_decay_groups, weight_decay_groups
 from .panels import ReconstructionPanel, RestorationPanel, SavePNGd, SegmentationPanel
 from .postprocessing import Reconstruct, unpack_targets
+from .predictions import (
+    PredictionPanel,
+    PredictionReport,
+    PredictionTable,
+    PrepareTargetBatch,
+    SavePredictiond,
+    standardize_head,
+)
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
 
@@ -32,9 +40,13 @@ __all__ = [
     "InferenceEvaluator",
     "InferenceReport",
     "LoadCheckpoint",
+    "PredictionPanel",
+    "PredictionReport",
+    "PredictionTable",
     "PrepareBatchOnDevice",
     "PrepareDegradedBatch",
     "PrepareMaskedBatch",
+    "PrepareTargetBatch",
     "Progress",
     "Reconstruct",
     "ReconstructionPanel",
@@ -44,6 +56,7 @@ __all__ = [
     "SaveCheckpoint",
     "SaveEncoder",
     "SavePNGd",
+    "SavePredictiond",
     "ScansFailed",
     "SeedEpoch",
     "SegmentationPanel",
@@ -57,6 +70,7 @@ __all__ = [
     "mark_done",
     "save_atomically",
     "save_network",
+    "standardize_head",
     "unpack_targets",
     "weight_decay_groups",
 ]
