@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..io.tables import write_csv
 from ..metrics import score_intervals
-from ..networks import ScanPredictor
 from ..pictures import figure_to_array, prediction_figure
 from .inference import InferenceReport, ResultWriter
 from .inferers import AutocastInferer
@@ -46,18 +45,20 @@ class PrepareTargetBatch(PrepareBatch):
 
 
 def standardize_head(
-    network: ScanPredictor,
+    network: torch.nn.Module,
     loader: Iterable[Mapping[str, Tensor]],
     prepare_batch: PrepareBatch,
     inferer: AutocastInferer,
     device: torch.device | str,
 ) -> None:
-    """Pass the training scans once through the encoder, for :meth:`ScanPredictor.standardize`.
+    """Pass the training scans once through the encoder, for :meth:`sspformer.networks.ScanPredictor.standardize`.
 
     Args:
-        network: changed in place.
+        network: a :class:`sspformer.networks.ScanPredictor`, after its pretrained weights were loaded, or its parallel
+            wrapper; changed in place.
         loader, prepare_batch, inferer, device: of the trainer.
     """
+    network = getattr(network, "module", network)
     pooled, targets = [], []
     with torch.no_grad():
         for batch in loader:
