@@ -12,9 +12,8 @@ from ..io.load import files_of
 from .cache import CheckCache
 from .check import check_scans
 from .find import Found, find_pairs, find_scans
-from .folders import is_dicom
 from .labels import label_values
-from .lists import write_datalist
+from .listing import is_dicom, write_datalist
 from .naming import name_scans
 from .options import DatasetOptions
 from .report import refuse, report
@@ -49,7 +48,7 @@ def prepare_datalist(options: DatasetOptions) -> dict[str, list[dict]]:
     found = _find_and_check(find_scans, options, hold_out_test)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, ("training", "validation"))
+    return _lists(found, options, "training", "validation")
 
 
 def prepare_pairs(options: DatasetOptions) -> dict[str, list[dict]]:
@@ -67,7 +66,7 @@ def prepare_pairs(options: DatasetOptions) -> dict[str, list[dict]]:
     found = _find_and_check(find_pairs, options)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, ("training", "validation", "test"))
+    return _lists(found, options, "training", "validation", "test")
 
 
 def prepare_test_scans(options: DatasetOptions) -> list[dict]:
@@ -130,18 +129,12 @@ def _find_and_check(
     return found
 
 
-def _lists(found: Found, options: DatasetOptions, splits: Sequence[str]) -> dict[str, list[dict]]:
+def _lists(found: Found, options: DatasetOptions, *splits: str) -> dict[str, list[dict]]:
     """The items of each split, which are also written to `datalist.json`."""
-    shared = ("training", "validation")
-    lists = {
-        split: [
-            item
-            for scan in found.usable
-            if scan.split == split or (scan.split == "both" and split in shared)
-            for item in scan.items()
-        ]
-        for split in splits
-    }
+    lists = {split: [] for split in splits}
+    for scan in found.usable:
+        for split in ("training", "validation") if scan.split == "both" else (scan.split,):
+            lists.get(split, []).extend(scan.items())
     if not lists["training"]:
         raise ValueError(
             f"nothing to train on in {options.dataset_dir}: all its usable {found.kind} are for validation or testing. "
@@ -167,21 +160,20 @@ class LazyDatalist(Mapping):
     Args:
         prepare: returns the lists.
         args: its arguments.
-        kwargs: its keyword arguments.
     """
 
-    def __init__(self, prepare: Callable[..., dict[str, list[dict]]], *args, **kwargs) -> None:
-        self._prepare = partial(prepare, *args, **kwargs)
+    def __init__(self, prepare: Callable[..., dict[str, list[dict]]], *args) -> None:
+        self._prepare = partial(prepare, *args)
 
     @cached_property
-    def _lists(self) -> dict[str, list[dict]]:
+    def lists(self) -> dict[str, list[dict]]:
         return self._prepare()
 
     def __getitem__(self, split: str) -> list[dict]:
-        return self._lists[split]
+        return self.lists[split]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._lists)
+        return iter(self.lists)
 
     def __len__(self) -> int:
-        return len(self._lists)
+        return len(self.lists)
