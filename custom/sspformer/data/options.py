@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ CONVERSIONS = {
     "seed": _integer,
     "max_subjects": _or_none(_integer),
     "skip_unreadable": flag,
-    "subject_pattern": _or_none(str),
+    "subject_pattern": _or_none(lambda value: re.compile(str(value)).pattern),
     "min_size": _integer,
     "max_volumes": _integer,
     "num_workers": lambda value: max(1, _integer(value)),
@@ -80,7 +81,7 @@ class DatasetOptions:
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, convert(value))  # the class is frozen for everybody else
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, re.error) as error:
                 raise ValueError(f"{name} cannot be {value!r}: {error}") from error
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}.")

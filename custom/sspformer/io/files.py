@@ -38,7 +38,6 @@ def digest(text: object) -> str:
 
 NIFTI_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.I)
 
-
 NIFTI_NAME = re.compile(r"\.nii(\.gz)?$", re.I)
 
 
