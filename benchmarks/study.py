@@ -161,7 +161,7 @@ ARTIFACTS = {
 }
 #: the scaling of the bundle, which a scan with an artifact goes through like any other
 RESCALING = {
-    "_target_": "sspformer.transforms.ScaleBetweenPercentilesd",
+    "_target_": "sspformer.transforms.ScaleByPercentilesd",
     "keys": "image",
     "lower": 0.5,
     "upper": 99.5,

@@ -17,13 +17,10 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
-from sspformer.compat import errors_last
-from sspformer.data import class_weights, prepare_datalist, prepare_pairs
+from sspformer.data import class_weights, prepare_pairs
 from sspformer.engines import FreezeEncoder, SaveBestModel, layer_decay_groups
-from sspformer.io import LoadScand
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 from sspformer.options import is_null
 
@@ -372,43 +369,6 @@ def test_a_score_that_is_none_or_stays_the_same_does_not_keep_the_first_model(va
     handler = SaveBestModel(torch.nn.Linear(1, 1), tmp_path / "model.pt")
     validation(values, handler)
     assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"].item() == kept and handler.best == best
-
-
-def failing_loader(num_workers):
-    data = Dataset([{"image": "gone.nii.gz"}], Compose([LoadScand("image")]))
-    return list(DataLoader(data, num_workers=num_workers))
-
-
-def failing_config(path):
-    network = f"$sspformer.networks.load_pretrained(sspformer.networks.SSPFormerEncoder(), '{path}')"
-    config = {"imports": ["$import sspformer"], "optimizer": {"_target_": "torch.optim.SGD", "params": network}}
-    ConfigParser(config).get_parsed_content("optimizer")
-
-
-def interrupted():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    "fail, said",
-    [
-        (failing_config, "error: {path} is damaged or holds more than weights"),
-        (prepare_datalist, "error: the datalist {path} is not valid JSON"),
-        (lambda path: failing_loader(0), "error: cannot read the scan gone.nii.gz: no such file"),
-        (lambda path: failing_loader(1), "error: cannot read the scan gone.nii.gz: no such file"),
-        (lambda path: interrupted(), None),
-    ],
-)
-def test_an_error_ends_with_what_to_do(fail, said, tmp_path, monkeypatch, capsys):
-    (tmp_path / "bad.json").write_text("{")
-    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
-    errors_last()
-    try:
-        fail(tmp_path / "bad.json")
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith(said.format(path=tmp_path / "bad.json")) if said else not lines
 
 
 def test_freezing_refuses_a_negative_number():

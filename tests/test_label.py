@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import monai.bundle
@@ -130,7 +131,6 @@ def small_bundle(tmp_path_factory):
 @pytest.fixture
 def bundle(small_bundle, tmp_path, monkeypatch):
     shutil.copytree(small_bundle, tmp_path / "sspformer_mri")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path / "sspformer_mri"
 
@@ -178,15 +178,17 @@ def train(bundle, datalist, run_id="run", device="cpu", max_epochs=1, val_split=
         "train#handlers": train_handlers,
         "validate#dataset#data": val_ds,
     }
-    monai.bundle.run(
-        run_id=run_id,
-        init_id=None,
-        final_id=None,
-        meta_file=str(bundle / "configs/metadata.json"),
-        config_file=config,
-        logging_file=False,  # pytest's own goes on
-        **overrides,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "monailabel", types.ModuleType("monailabel"))  # Label's process has imported it
+        monai.bundle.run(
+            run_id=run_id,
+            init_id=None,
+            final_id=None,
+            meta_file=str(bundle / "configs/metadata.json"),
+            config_file=config,
+            logging_file=False,  # pytest's own goes on
+            **overrides,
+        )
 
 
 def weights(bundle):
@@ -260,7 +262,7 @@ def test_a_label_map_that_does_not_fit_is_refused_by_name(bundle, datalist, tmp_
 
 @pytest.mark.parametrize("run_id", ["run", ""])
 def test_training_without_a_label_says_so(bundle, run_id):
-    with pytest.raises(RuntimeError, match="from_client") as caught:
+    with pytest.raises(RuntimeError, match="from_monai_label") as caught:
         train(bundle, [], run_id)
     assert "there is no labelled image to train on" in str(first_cause(caught.value))
 

@@ -16,7 +16,7 @@ from test_data import PHI, dicom_series, oblique_affine
 from sspformer import data
 from sspformer.data import find_inputs, prepare_pairs, prepare_test_data
 from sspformer.io import LoadScand
-from sspformer.transforms import KeepAffined
+from sspformer.transforms import KeepOnlyAffined
 
 SHAPE = (12, 10, 9)
 AFFINE = np.array([[0, 0, 2.0, -9], [-1.5, 0.1, 0, 5], [0.1, 1.5, 0, 3], [0, 0, 0, 1]])  # oblique, axes P-S-R
@@ -73,7 +73,7 @@ def test_a_corrected_file_is_not_taken_from_the_cache(part, tmp_path):
 
     def cached():
         items = prepare_pairs(tmp_path / "set", tmp_path / "out", val_fraction=0)["training"]
-        keep = Compose([LoadScand(["image", "label"]), KeepAffined(["image", "label"])])
+        keep = Compose([LoadScand(["image", "label"]), KeepOnlyAffined(["image", "label"])])
         options = {"hash_transform": pickle_hashing, "track_meta": True}
         dataset = PersistentDataset(items, keep, tmp_path / "cache", **options)
         return {item["name"]: item[part.removesuffix("s")].max().item() for item in dataset}
@@ -86,7 +86,7 @@ def test_a_corrected_file_is_not_taken_from_the_cache(part, tmp_path):
 
 def test_a_file_of_the_cache_that_was_cut_off_is_made_anew(tmp_path):
     items = prepare_pairs(folder(tmp_path / "set"), tmp_path / "out", val_fraction=0)["training"]
-    keep = Compose([LoadScand(["image", "label"]), KeepAffined(["image", "label"])])
+    keep = Compose([LoadScand(["image", "label"]), KeepOnlyAffined(["image", "label"])])
 
     def cached():
         return data.CachedDataset(items, keep, tmp_path / "cache", hash_func=data.file_hashing, track_meta=True)

@@ -12,6 +12,7 @@ from monai.handlers.ignite_metric import IgniteMetricHandler
 from monai.metrics import HausdorffDistanceMetric, PSNRMetric, SSIMMetric, SurfaceDiceMetric
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.networks import one_hot
+from scipy.stats import bootstrap
 from torch import Tensor
 
 from . import kspace
@@ -24,6 +25,7 @@ __all__ = [
     "HausdorffDistance95",
     "SurfaceDice",
     "bootstrap_interval",
+    "mean_of_finite",
     "restoration_metrics",
     "summarize",
 ]
@@ -202,20 +204,20 @@ def bootstrap_interval(
     """
     if len(scores) < 2:
         return np.nan, np.nan
-    draws = np.random.default_rng(seed).integers(len(scores), size=(n_resamples, len(scores)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(scores[draws].mean(axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    options = {"confidence_level": confidence, "n_resamples": n_resamples, "method": "percentile"}
+    interval = bootstrap((scores,), np.mean, **options, rng=np.random.default_rng(seed)).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def _mean_of_subjects(scores: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
     """Scores of scans to those of subjects: the mean of what is finite of theirs, else nan."""
     order = list(dict.fromkeys(subjects))
     of_each = [scores[[of == subject for of in subjects]] for subject in order]
-    return np.array([_mean_of_finite(own[None])[0] for own in of_each])
+    return np.array([mean_of_finite(own[None])[0] for own in of_each])
 
 
-def _mean_of_finite(scores: np.ndarray) -> np.ndarray:
+def mean_of_finite(scores: np.ndarray) -> np.ndarray:
+    """Mean of the finite scores of each row, ``(N, M)`` to ``(N,)``; nan for a row without any."""
     finite = np.where(np.isfinite(scores), scores, np.nan)
     counts = np.isfinite(scores).sum(axis=1)
     return np.divide(np.nansum(finite, axis=1), counts, out=np.full(len(scores), np.nan), where=counts > 0)

@@ -109,7 +109,7 @@ def segmentation_panel(samples: Sequence[Mapping], class_names: Sequence[str] | 
         samples: each with ``image`` (C, *S), whose first channel is shown; ``pred``, labels (1, *S) or a score of each
             class, background first (C, *S); perhaps ``label``, as ``pred``, and ``name``. The affine of a
             ``MetaTensor`` is honoured; any other tensor is taken as RAS with unit spacing.
-        class_names: of the labels from 1 on; None: their numbers.
+        class_names: of the labels from 1 on; None: those in the metadata of ``pred``, else their numbers.
     """
     rows = []
     for sample in samples:
@@ -118,6 +118,7 @@ def segmentation_panel(samples: Sequence[Mapping], class_names: Sequence[str] | 
         box = _around(np.maximum.reduce(list(maps.values())), spacing)
         rows.append((volumes["image"][0][box], {key: labels[box] for key, labels in maps.items()}, spacing))
 
+    class_names = class_names or getattr(samples[0]["pred"], "meta", {}).get("class_names")
     n_classes = len(class_names or ()) or max(1, *(int(labels.max()) for row in rows for labels in row[1].values()))
     names = class_names or [f"label {i + 1}" for i in range(n_classes)]
     columns = [(plane, key) for plane in _planes(rows[0][0]) for key in rows[0][1]]

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
 from monai.handlers import CheckpointLoader
-from monai.utils import str2bool
 
 from ..io.files import replacing
 
@@ -158,7 +157,6 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
     """
     record = Path(path).with_suffix(".json")
     settings = json.loads(json.dumps(settings, default=_attributes))
-    resume = str2bool(resume)  # the command line gives "false" as a string
     if resume and os.path.isfile(path):
         before = json.loads(record.read_text()) if record.is_file() else settings
         changed = [name for name in settings if before.get(name) != settings[name]]

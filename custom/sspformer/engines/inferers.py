@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
-from monai.utils import str2bool
 from torch import Tensor
 
 __all__ = ["AutocastInferer", "AutocastSlidingWindowInferer", "fast_bfloat16"]
@@ -33,7 +32,7 @@ class AutocastInferer(SimpleInferer):
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__()
-        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+        self.enabled = enabled
 
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if self.enabled else nullcontext()
@@ -55,7 +54,7 @@ class AutocastSlidingWindowInferer(SlidingWindowInferer):
 
     def __init__(self, *args, enabled: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+        self.enabled = enabled
 
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         def in_autocast(*windows, **options) -> Tensor:

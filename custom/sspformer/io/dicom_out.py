@@ -28,9 +28,17 @@ from .. import __version__
 from ..pictures import class_colors
 from .dicom_in import DicomStack, read_stack
 from .errors import Unusable
-from .files import POSTFIX, dicom_path, digest, replacing
+from .files import digest, replacing
+from .load import is_series
 
-__all__ = ["STRUCTURE_CODES", "SaveDicomd", "image_to_dicom", "import_highdicom", "segmentation_to_dicom"]
+__all__ = [
+    "STRUCTURE_CODES",
+    "SaveImageDicomd",
+    "SaveSegmentationDicomd",
+    "image_to_dicom",
+    "import_highdicom",
+    "segmentation_to_dicom",
+]
 
 logger = logging.getLogger("sspformer")
 
@@ -99,54 +107,88 @@ ACQUISITION = """
 VALID = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM, "PatientSex": ("", "F", "M", "O").index}
 
 
-class SaveDicomd(MapTransform):
-    """Writes predictions for DICOM series as DICOM too, see :func:`segmentation_to_dicom` and :func:`image_to_dicom`.
+class _SaveDicomd(MapTransform):
+    """Writes a result as DICOM if its input was a DICOM series; other items are left alone."""
 
-    Items without ``files``, whose input was no DICOM series, are left alone.
+    def __init__(self, keys: KeysCollection, output_dir: str | Path, postfix: str) -> None:
+        super().__init__(keys)
+        import_highdicom()
+        self.output_dir, self.postfix = Path(output_dir), postfix
+        self._explained = False
+
+    def path_of(self, item: Mapping[Hashable, Any]) -> Path | None:
+        """Path of what is written for an item of :func:`sspformer.data.find_inputs`; None if that is nothing."""
+        return self._path(item["name"]) if is_series(item["image"]) else None
+
+    def _path(self, name: str) -> Path:
+        raise NotImplementedError
+
+    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+        raise NotImplementedError
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(data):
+            if data.get("files"):
+                try:
+                    self._write(data[key], data["files"], data["name"])
+                except Exception as error:  # its message may quote the header
+                    reason = str(error) if isinstance(error, Unusable) else getattr(error, "strerror", None)
+                    raise ValueError(
+                        f"no DICOM of {data['name']}, only its NIfTI: {reason or type(error).__name__}"
+                    ) from error
+            elif not self._explained:
+                logger.info("dicom: inputs that are no DICOM series get a NIfTI alone")
+                self._explained = True
+        return dict(data)
+
+
+class SaveSegmentationDicomd(_SaveDicomd):
+    """Writes label maps of DICOM series as DICOM SEG, see :func:`segmentation_to_dicom`.
 
     Args:
-        keys: prediction as it was written, one key: ``(1, X, Y, Z)`` on the file's own axes, with affine to RAS mm.
-        output_dir: gets ``<name>_seg.dcm``, or the folder ``<name>_denoised`` or ``<name>_sr``.
-        task: "segmentation", "denoising" or "super_resolution".
-        class_names: of the structures without the background. None, or names that are not as many as the network's
-            classes: they are numbered.
+        keys: label map on the file's grid, one key: ``(1, X, Y, Z)`` with the names of its structures in its metadata,
+            as :class:`sspformer.transforms.InvertArgmaxd` leaves it.
+        output_dir: gets ``<name>_<postfix>.dcm``.
+        postfix: of the result.
 
     Raises:
         ImportError: if highdicom is missing, with what to install.
     """
 
-    def __init__(
-        self, keys: KeysCollection, output_dir: str | Path, task: str, class_names: Sequence[str] | None = None
-    ) -> None:
-        super().__init__(keys)
-        import_highdicom()
-        self.output_dir, self.task, self.class_names, self.told = output_dir, task, class_names, False
+    def _path(self, name: str) -> Path:
+        return self.output_dir / f"{name}_{self.postfix}.dcm"
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        for key in self.key_iterator(data):
-            if data.get("files"):
-                self.save(data[key], data["files"], data["name"])
-            elif not self.told:
-                logger.info("dicom: inputs that are no DICOM series get a NIfTI alone")
-                self.told = True
-        return dict(data)
+    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+        labels = pred.detach().cpu().numpy()[0]
+        segmentation_to_dicom(labels, files, self._path(name), pred.meta["class_names"])
+        if not labels.any():
+            logger.warning(f"{name}: no structure was found, the segments of its DICOM SEG are empty")
 
-    def save(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
-        """Writes one result. Raises ``ValueError`` with a reason that quotes nothing of the header."""
-        path, voxels = dicom_path(name, self.output_dir, POSTFIX[self.task]), pred.detach().cpu().numpy()[0]
-        try:
-            if self.task == "segmentation":
-                n_structures = int(pred.meta["n_classes"]) - 1
-                named = len(self.class_names or ()) == n_structures
-                names = self.class_names if named else [f"structure {i + 1}" for i in range(n_structures)]
-                segmentation_to_dicom(voxels, files, path, names)
-                if not voxels.any():
-                    logger.warning(f"{name}: no structure was found, the segments of its DICOM SEG are empty")
-            else:
-                image_to_dicom(voxels, np.asarray(pred.affine.cpu()), files, path, self.task)
-        except Exception as error:
-            reason = str(error) if isinstance(error, Unusable) else getattr(error, "strerror", None)
-            raise ValueError(f"no DICOM of {name}, only its NIfTI: {reason or type(error).__name__}") from error
+
+class SaveImageDicomd(_SaveDicomd):
+    """Writes restored scans of DICOM series as new series of MR images, see :func:`image_to_dicom`.
+
+    Args:
+        keys: restored scan, one key: ``(1, X, Y, Z)`` on the file's axes, with affine to RAS mm.
+        output_dir: gets the folder ``<name>_<postfix>``.
+        postfix: of the result, also at the end of the series description.
+        method: as of :func:`image_to_dicom`.
+        number: as of :func:`image_to_dicom`.
+
+    Raises:
+        ImportError: if highdicom is missing, with what to install.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str | Path, postfix: str, method: str, number: int) -> None:
+        super().__init__(keys, output_dir, postfix)
+        self.method, self.number = method, number
+
+    def _path(self, name: str) -> Path:
+        return self.output_dir / f"{name}_{self.postfix}"
+
+    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+        voxels, affine = pred.detach().cpu().numpy()[0], np.asarray(pred.affine.cpu())
+        image_to_dicom(voxels, affine, files, self._path(name), self.method, self.postfix, self.number)
 
 
 def import_highdicom():
@@ -215,14 +257,20 @@ def segmentation_to_dicom(
         instance_number=1,
         content_label="SEGMENTATION",
         content_creator_name="",  # no person, but the attribute must be there
-        **_new_series(first, "segmentation"),
+        **_new_series(first, "seg", 1),
     )
     with replacing(path) as part:
         segmentation.save_as(part)
 
 
 def image_to_dicom(
-    voxels: np.ndarray, affine: np.ndarray, files: Sequence[str | Path], folder: str | Path, task: str
+    voxels: np.ndarray,
+    affine: np.ndarray,
+    files: Sequence[str | Path],
+    folder: str | Path,
+    method: str,
+    label: str,
+    number: int,
 ) -> None:
     """Write a restored scan as a new series of MR images in the scan's study, a file for each slice.
 
@@ -233,8 +281,11 @@ def image_to_dicom(
         voxels: ``(X, Y, Z)`` float32, X along the rows of an image.
         affine: to RAS mm, ``(4, 4)``.
         files: of the series, classic or enhanced, in any order.
-        folder: gets ``001.dcm``, ...; that of a run before is replaced.
-        task: "denoising" or "super_resolution".
+        folder: gets ``001.dcm``, ...; that of an earlier run is replaced.
+        method: what was done, in words, such as "denoising", for the derivation description.
+        label: ends the series description in brackets.
+        number: tells the results of one scan apart, from 2 on (a segmentation has 1): the series number is 100 times
+            the scan's plus this.
 
     Raises:
         Unusable: if the files are no series that a result can refer to, or the folder holds something else.
@@ -252,8 +303,9 @@ def image_to_dicom(
     spacing = spacing.round(7)  # the digits of ImageOrientationPatient give no more
     distance, distance_before = _slice_distance(affine), _slice_distance(stack.affine)
     thickness = frames[0]["thickness"] or distance_before
-    made_by = f"{PRODUCT} {__version__}, {task.replace('_', '-')} by a neural network. Research only."
-    series = _new_series(first, task)
+    made_by = f"{PRODUCT} {__version__}, {method} by a neural network. Research only."
+    series = _new_series(first, label, number)
+    resampled = voxels.shape != (int(first.Columns), int(first.Rows), len(frames))
 
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir())):
@@ -278,7 +330,7 @@ def image_to_dicom(
         ds.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
         ds.BurnedInAnnotation = "NO"
         ds.DerivationDescription = made_by
-        if task == "super_resolution":  # for denoising there is no standard code
+        if resampled:  # the standard has no code for denoising
             ds.DerivationCodeSequence = [hd.sr.CodedConcept.from_code(codes.DCM.SpatialResampling)]
         ds.SourceImageSequence = [_reference(source, frame["number"], "SourceImageForImageProcessingOperation")]
         references = Dataset()
@@ -406,13 +458,13 @@ def _seg_source(stack: DicomStack, file: int) -> Dataset:
     return header
 
 
-def _new_series(source: Dataset, task: str) -> dict[str, Any]:
+def _new_series(source: Dataset, label: str, number: int) -> dict[str, Any]:
     """Arguments of highdicom's classes that all instances of a new series share; text is UTF-8."""
     now = datetime.datetime.now()
-    number, end = int(source.get("SeriesNumber") or 0), f" ({POSTFIX[task]})"
+    end = f" ({label})"
     return {
         "series_instance_uid": generate_uid(),
-        "series_number": abs(number) % 10**7 * 100 + 1 + list(POSTFIX).index(task),
+        "series_number": abs(int(source.get("SeriesNumber") or 0)) % 10**7 * 100 + number,
         "series_description": f"{source.get('SeriesDescription') or 'MR'}"[: 64 - len(end)] + end,
         "manufacturer": PRODUCT,
         "manufacturer_model_name": MODEL,

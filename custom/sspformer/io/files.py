@@ -10,12 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 __all__ = [
-    "POSTFIX",
-    "dicom_path",
     "digest",
     "output_path",
-    "picture_path",
-    "record_path",
     "replacing",
     "stats",
     "stem",
@@ -70,25 +66,6 @@ def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-#: what each task appends to the name of a scan
-POSTFIX = {"segmentation": "seg", "denoising": "denoised", "super_resolution": "sr"}
-
-
 def output_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where the prediction for the item of this name goes."""
+    """Path of the NIfTI result of the scan with this name."""
     return Path(output_dir) / f"{name}_{postfix}.nii.gz"
-
-
-def picture_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where the picture of that prediction goes."""
-    return Path(output_dir) / "pictures" / f"{name}_{postfix}.png"
-
-
-def dicom_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where that prediction goes as DICOM: a file for a segmentation, a folder of slices for an image."""
-    return Path(output_dir) / f"{name}_{postfix}{'.dcm' if postfix == POSTFIX['segmentation'] else ''}"
-
-
-def record_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where it is written what that prediction was made from, see :func:`unfinished`."""
-    return Path(output_dir) / f"{name}_{postfix}.json"

@@ -50,10 +50,14 @@ class SaveLikeInputd(SaveImaged):
         super().__init__(keys, output_dir=output_dir, output_postfix=output_postfix)
         self.output_dir, self.output_postfix, self.rounded = output_dir, output_postfix, rounded
 
+    def path_of(self, item: Mapping[Hashable, Any]) -> Path:
+        """Path of the file that is written for an item."""
+        return output_path(item["name"], self.output_dir, self.output_postfix)
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            save_like(d[key], output_path(d["name"], self.output_dir, self.output_postfix), self.rounded)
+            save_like(d[key], self.path_of(d), self.rounded)
         return d
 
 

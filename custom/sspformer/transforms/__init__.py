@@ -1,7 +1,7 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
-from .grid import InvertArgmaxd, KeepAffined, argmax_on_grid
-from .intensity import LeaveQuietd, ScaleBetweenPercentilesd, ScaleByPercentiled
+from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
+from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
     MaskIndices,
     MaskSampler,
@@ -39,8 +39,8 @@ __all__ = [
     "DataConsistencyd",
     "FourierResampled",
     "InvertArgmaxd",
-    "KeepAffined",
-    "LeaveQuietd",
+    "KeepOnlyAffined",
+    "BlendByNoiseLeveld",
     "MaskIndices",
     "MaskSampler",
     "NoiseSampler",
@@ -55,8 +55,7 @@ __all__ = [
     "RandReducedResolutiond",
     "RandSkullStripd",
     "ResolutionSampler",
-    "ScaleBetweenPercentilesd",
-    "ScaleByPercentiled",
+    "ScaleByPercentilesd",
     "SeededTransform",
     "SeededTransformd",
     "argmax_on_grid",

@@ -14,10 +14,10 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
-__all__ = ["InvertArgmaxd", "KeepAffined", "argmax_on_grid"]
+__all__ = ["InvertArgmaxd", "KeepOnlyAffined", "argmax_on_grid"]
 
 
-class KeepAffined(MapTransform):
+class KeepOnlyAffined(MapTransform):
     """Reduce a MetaTensor to its voxels and its affine: nothing else is needed from here on, and a cache file of it
     loads with ``weights_only``."""
 
@@ -39,14 +39,20 @@ class InvertArgmaxd(MapTransform):
         keys: scores ``(classes, *S)``.
         orig_keys: the preprocessed image ``(C, *S)`` of each key, a MetaTensor with ``original_affine`` and
             ``spatial_shape`` of its file.
+        class_names: of the labels from 1 on, for pictures and DICOM: ``class_names`` in the metadata of the label map.
+            None, or names that are not as many as the classes: "structure 1" and so on.
         allow_missing_keys: do not raise if a key is missing.
     """
 
     def __init__(
-        self, keys: KeysCollection = "pred", orig_keys: KeysCollection = "image", allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection = "pred",
+        orig_keys: KeysCollection = "image",
+        class_names: Sequence[str] | None = None,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.orig_keys = ensure_tuple_rep(orig_keys, len(self.keys))
+        self.orig_keys, self.class_names = ensure_tuple_rep(orig_keys, len(self.keys)), list(class_names or ())
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -55,7 +61,9 @@ class InvertArgmaxd(MapTransform):
             affine, shape = image.meta["original_affine"], image.meta["spatial_shape"]
             scores = torch.as_tensor(d[key]).as_subclass(Tensor)
             labels = argmax_on_grid(scores, image.affine, [int(side) for side in shape], affine)
-            meta = {name: value for name, value in image.meta.items() if name != "affine"} | {"n_classes": len(scores)}
+            names = [f"structure {i}" for i in range(1, len(scores))]
+            names = self.class_names if len(self.class_names) == len(names) else names
+            meta = {name: value for name, value in image.meta.items() if name != "affine"} | {"class_names": names}
             d[key] = MetaTensor(labels[None], affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
         return d
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
+from monai.transforms import MapTransform, Randomizable, SpatialPad
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
@@ -257,22 +257,20 @@ class RandDownsampledCrop(Randomizable):
         if randomize:
             self.randomize(img)
         crop = img.as_subclass(Tensor)[(slice(None), *self._window)].float()  # a scan may wait in half precision
-        inner, size, padding, step = [slice(None)], [], [(0, 0)], []
+        inner, size, before, step = [slice(None)], [], [], []
         for length, wanted, factor in zip(crop.shape[1:], self.roi_size, self._factors, strict=True):
             size.append(max(1, round(length / factor)))
             step.append(length / size[-1])
             kept = min(wanted, size[-1])
             first = (size[-1] - kept) // 2
             inner.append(slice(first, first + kept))
-            before = (wanted - kept) // 2
-            padding.append((before, wanted - kept - before))
+            before.append((wanted - kept) // 2)
         crop = kspace.fourier_resample(crop[None], size)[0][tuple(inner)]
-        if any(map(any, padding)):
-            crop = torch.from_numpy(np.pad(crop.cpu().numpy(), padding, mode="symmetric")).to(img.device)
+        crop = torch.as_tensor(SpatialPad(self.roi_size, mode="symmetric")(crop)).as_subclass(Tensor)
         if not isinstance(img, MetaTensor):
             return crop
         # the first voxel of the crop, in voxels of the scan: neither resampling nor mirroring moves it
-        corner = [w.start + (i.start - p[0]) * s for w, i, p, s in zip(self._window, inner[1:], padding[1:], step)]
+        corner = [w.start + (i.start - b) * s for w, i, b, s in zip(self._window, inner[1:], before, step)]
         affine, axes = img.affine.clone(), len(step)  # an affine of MONAI is 4 x 4 in 2D, too
         affine[:axes, -1] += affine[:axes, :axes] @ torch.tensor(corner, dtype=affine.dtype)
         affine[:axes, :axes] *= torch.tensor(step, dtype=affine.dtype)
@@ -412,9 +410,8 @@ class DataConsistencyd(MapTransform):
         self, keys: KeysCollection, low_key: str = "low", enabled: bool = True, resampled: bool = True
     ) -> None:
         super().__init__(keys)
-        self.low_key = low_key
-        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
-        if self.enabled and not resampled:
+        self.low_key, self.enabled = low_key, enabled
+        if enabled and not resampled:
             raise ValueError(
                 "data_consistency true is for super-resolution, which keeps the k-space that was measured; other tasks "
                 "have none to keep: leave --data_consistency out, or add configs/super_resolution.json."
