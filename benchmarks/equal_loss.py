@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from sspformer.data import prepare_datalist
 from sspformer.io import LoadScand
 from sspformer.losses import MaskedReconstructionLoss
-from sspformer.networks import SIZES, MaskedAutoencoder, gather_tokens, patchify
+from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder, gather_tokens, patchify
 from sspformer.transforms import MaskIndices, draw_mask
 
 MONAI = ("MONAI learnable", "MONAI sin-cos")
@@ -170,7 +170,7 @@ def make_contender(name: str, seed: int, args) -> Contender:
         sincos = name == "MONAI sin-cos"
         network = MonaiMaskedAutoencoder(args.size, args.crop_size, args.patch_size, args.mask_ratio, sincos)
     else:
-        network = MaskedAutoencoder(size=args.size, patch_size=args.patch_size)
+        network = MaskedAutoencoder(SSPFormerEncoder(patch_size=args.patch_size, size=args.size))
     return Contender(network, name.endswith("bf16"), args)
 
 

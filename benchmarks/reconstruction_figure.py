@@ -16,9 +16,9 @@ from _common import head_loader
 from matplotlib.image import imsave
 
 from sspformer.engines import PrepareMaskedBatch, Reconstruct
-from sspformer.networks import MaskedAutoencoder
+from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder
 from sspformer.pictures import figure_to_array, reconstruction_panel
-from sspformer.transforms import MaskSampler, NoiseSampler
+from sspformer.transforms import InverseFrequencyMask, NoiseSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    network = MaskedAutoencoder().eval()
+    network = MaskedAutoencoder(SSPFormerEncoder()).eval()
     network.load_state_dict(torch.load(args.run / "models/checkpoint.pt", weights_only=True)["network"])
-    prepare = PrepareMaskedBatch(MaskSampler(8, beta=0.0), NoiseSampler(sigma=(0.02, 0.06)), seed=args.seed)
+    prepare = PrepareMaskedBatch(InverseFrequencyMask(8, beta=0.0), NoiseSampler(sigma=(0.02, 0.06)), seed=args.seed)
     reconstruct = Reconstruct(network)
 
     rows = []

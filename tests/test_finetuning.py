@@ -44,7 +44,8 @@ SETTINGS = {
     "batch_size": 2,
     "crops_per_scan": 2,
     "roi_size": [24, 24, 24],
-    **{f"network_def#{name}": value for name, value in {**ENCODER, "features": 8}.items()},
+    **{f"encoder#{name}": value for name, value in ENCODER.items()},
+    "network_def#features": 8,
 }
 SEGMENTATION = {"class_names": ["ball", "box"], "spacing": [1.0, 1.0, 1.0], "network_def#out_channels": 3}
 LONG = {"epochs": 12, "crops_per_scan": 4, "val_interval": 4, "learning_rate": 0.005}
@@ -179,7 +180,7 @@ def test_it_learns_the_structures(trained):
 
 def test_what_a_run_leaves_behind(trained):
     output, log = trained
-    SSPFormerDense(out_channels=3, features=8, **ENCODER).load_state_dict(weights(output))  # strict
+    SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8).load_state_dict(weights(output))  # strict
     for name in ("pictures/epoch_0012.png", "pictures/curves.png", "models/checkpoint.pt", "scans.csv"):
         assert (output / name).stat().st_size > 100, name
     assert list((output / "tensorboard").glob("events.*")) and not list((output / "models").glob("*.part"))
@@ -200,7 +201,7 @@ def test_killed_and_resumed_equals_unkilled(trained, pairs, encoder, tmp_path):
     "name, overrides, said",
     [
         ("encodr.pt", {}, ["encodr.pt", "give an encoder.pt", "null to train from scratch"]),
-        ("encoder.pt", {"network_def#dim": 96}, ["encoder.pt", "48", "96"]),
+        ("encoder.pt", {"encoder#dim": 96}, ["encoder.pt", "48", "96"]),
     ],
 )
 def test_weights_that_do_not_fit_stop_it_and_the_first_cause_names_the_fix(
@@ -248,7 +249,7 @@ def test_two_processes_train_one_network_and_one_process_goes_on(pairs, encoder,
     assert log.count("epoch 1/4: ") == 1, log  # one process reports
     row = history(output)[0]
     assert row["iteration"] == "2" and float(row["dice"]) >= 0  # 4 subjects, 2 crops each, in 2 batches of 2 on 2
-    network = SSPFormerDense(out_channels=3, features=8, **ENCODER)
+    network = SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8)
     network.load_state_dict(weights(output))  # without the wrapper's "module."
     network.load_state_dict(weights(output, "checkpoint.pt")["network"])
 
@@ -308,7 +309,7 @@ def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
 
 
 def test_learning_rates_fall_towards_the_first_layer():
-    network = SSPFormerDense(features=4, **ENCODER)
+    network = SSPFormerDense(SSPFormerEncoder(**ENCODER), features=4)
     groups = layer_decay_groups(network, 1.0, 0.5, 0.1)
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(settings) == len(list(network.parameters()))
@@ -373,7 +374,7 @@ def test_a_score_that_is_none_or_stays_the_same_does_not_keep_the_first_model(va
 
 def test_freezing_refuses_a_negative_number():
     with pytest.raises(ValueError, match="freeze_epochs must be 0 or more, got -1"):
-        FreezeEncoder(SSPFormerDense(features=4, **ENCODER), -1)
+        FreezeEncoder(SSPFormerDense(SSPFormerEncoder(**ENCODER), features=4), -1)
 
 
 # --- restoration

@@ -398,7 +398,8 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
     def network(*overlays, **options):
         parser = ConfigParser()
         parser.read_config([CONFIG, *(str(BUNDLE / "configs" / name) for name in overlays)])
-        parser.config["network_def"].update({"dim": 24, "depth": 3, "num_heads": 2, "features": 4, **options})
+        parser.config["encoder"].update({"dim": 24, "depth": 3, "num_heads": 2})
+        parser.config["network_def"].update({"features": 4, **options})
         return parser.get_parsed_content("network_def")
 
     path, own = tmp_path / "model.pt", network()
@@ -416,7 +417,7 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
             engines.StrictCheckpointLoader(network(wrong), path)()
     torch.nn.init.constant_(own.head.bias, float("nan"))
     torch.save(own.state_dict(), path)
-    with pytest.raises(ValueError, match="NaN or infinite in 1 tensors, such as head.bias"):
+    with pytest.raises(ValueError, match="NaN or infinite in 1 of its tensors, such as head.bias"):
         engines.StrictCheckpointLoader(other, path)()
 
 

@@ -22,7 +22,7 @@ from monai.transforms import Compose, SaveImaged
 from nilearn.datasets import load_mni152_template
 
 from sspformer.data import LazyDatalist, check_pairs, file_hashing
-from sspformer.networks import SSPFormerDense
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"patch_size": 8, "dim": 48, "depth": 2, "num_heads": 2}
@@ -30,7 +30,7 @@ ENCODER = {"patch_size": 8, "dim": 48, "depth": 2, "num_heads": 2}
 SMALL = {
     **{"class_names": ["ball", "box"], "spacing": [1.0, 1.0, 1.0], "roi_size": [24, 24, 24], "batch_size": 2},
     **{"crops_per_scan": 2, "network_def#out_channels": 3, "network_def#features": 8, "amp": False},
-    **{f"network_def#{name}": value for name, value in ENCODER.items()},
+    **{f"encoder#{name}": value for name, value in ENCODER.items()},
 }
 
 
@@ -122,7 +122,7 @@ def small_bundle(tmp_path_factory):
     parser.update(SMALL)
     ConfigParser.export_config_file(parser.get(), str(folder / "configs/train.json"), indent=4)
     torch.manual_seed(0)
-    network = SSPFormerDense(out_channels=3, features=8, **ENCODER)
+    network = SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8)
     torch.save({name: v.half() for name, v in network.state_dict().items()}, folder / "models/model.pt")
     torch.save(network.encoder.state_dict(), folder / "models/pretrained/encoder.pt")
     return folder
@@ -219,7 +219,7 @@ def test_training_goes_on_from_the_bundles_weights_and_writes_them(bundle, datal
     assert len(messages(caplog, "Restored all variables", "models/model.pt")) == 1
     assert len(messages(caplog, "epoch 2/2")) == 1  # trained, and once
     after = weights(bundle)
-    SSPFormerDense(out_channels=3, features=8, **ENCODER).load_state_dict(after)  # strict
+    SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8).load_state_dict(after)  # strict
     assert 0 < change(before, after) < 0.01  # of a network that starts anew it would be far more
     assert sorted(path.name for path in (bundle / "models").glob("*.pt")) == ["model.pt"]  # Label offers each of them
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -17,7 +17,7 @@ from monai.metrics import PSNRMetric, compute_dice
 from monai.transforms import Orientation
 from torch import Tensor
 
-from .transforms.masking import MaskSampler, high_frequency_map, voxel_mask
+from .transforms.masking import MaskIndices, high_frequency_map, voxel_mask
 
 __all__ = [
     "axial_slice",
@@ -48,7 +48,10 @@ NOT_DRAWN = ("epoch", "iteration", "learning_rate", "beta")  # the axis, and wha
 
 
 def reconstruction_panel(
-    output: Mapping, n_images: int = 4, titles: Sequence[str] | None = None, mask: MaskSampler | None = None
+    output: Mapping,
+    n_images: int = 4,
+    titles: Sequence[str] | None = None,
+    mask: Callable[..., MaskIndices] | None = None,
 ) -> Figure:
     """One row a sample: clean, noisy, high-frequency map, masks, reconstruction, absolute error.
 
@@ -57,23 +60,21 @@ def reconstruction_panel(
             last axis (axial after ``Orientationd("RAS")``) is shown, of several channels the first.
         n_images: rows at the most.
         titles: a name for each row.
-        mask: what draws the masks of the training; one more column then shows one of them, and its high-pass is that
-            of the map.
+        mask: the mask strategy of the training; one more column then shows a mask of it.
     """
     target, clean, noisy = output["label"], output["clean"], output["label"]["noisy"]
-    highpass = (mask.gamma, mask.cutoff) if mask is not None else ()
     columns = [
         ("clean", clean, 1.0),
         ("with noise", noisy, 1.0),
-        ("high-frequency map", high_frequency_map(clean, target["spacing"], *highpass), None),
+        ("high-frequency map", high_frequency_map(clean, target["spacing"]), None),
         ("input: uniform mask", noisy.masked_fill(output["voxel_mask"], torch.nan), 1.0),
         ("reconstruction", output["reconstruction"], 1.0),
         ("error x 2", (output["reconstruction"] - clean).abs(), 0.5),
     ]
     if mask is not None:
-        indices, *_ = mask(clean, target["spacing"], torch.Generator(clean.device).manual_seed(0))
-        drawn = voxel_mask(indices, clean.shape[2:], mask.patch_size)
-        columns.insert(3, (f"training mask, beta {mask.beta:.2g}", noisy.masked_fill(drawn, torch.nan), 1.0))
+        indices = mask(clean, target["spacing"], torch.Generator(clean.device).manual_seed(0))
+        drawn = voxel_mask(indices, clean.shape[2:], output["patch_size"])
+        columns.insert(3, ("input: training mask", noisy.masked_fill(drawn, torch.nan), 1.0))
     rows = min(n_images, clean.shape[0])
 
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows + 0.3), layout="constrained", facecolor="white")

@@ -16,7 +16,7 @@ from monai.transforms import MapTransform, ResampleToMatch
 
 from ..compat import original_error
 from ..pictures import figure_to_array, reconstruction_panel, restoration_panel, segmentation_panel
-from ..transforms.masking import MaskSampler
+from ..transforms.masking import MaskIndices
 from .report import names_of, samples_of
 
 __all__ = ["ReconstructionPanel", "RestorationPanel", "SavePNGd", "SegmentationPanel"]
@@ -30,12 +30,12 @@ class ReconstructionPanel:
     Args:
         output_dir: the panels go to its ``pictures``.
         n_images: rows at the most, taken from the first batch.
-        mask: what draws the masks of the training, to show one of them as well; or None.
+        mask: the mask strategy of the training, to show a mask of it as well; or None.
         summary_writer: TensorBoard writer, or None.
     """
 
     def __init__(
-        self, output_dir: str, n_images: int = 4, mask: MaskSampler | None = None, summary_writer=None
+        self, output_dir: str, n_images: int = 4, mask: Callable[..., MaskIndices] | None = None, summary_writer=None
     ) -> None:
         self.directory = Path(output_dir) / "pictures"
         self.n_images = n_images

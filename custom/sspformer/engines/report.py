@@ -134,6 +134,6 @@ def samples_of(output: Mapping | Sequence[Mapping]) -> list[Mapping]:
     return decollate_batch(output) if isinstance(output, Mapping) else list(output)
 
 
-def names_of(samples: Sequence[Mapping]) -> list[str]:
-    """The names of samples; ``sample_0`` and so on for those without."""
-    return [str(sample.get("name", f"sample_{i}")) for i, sample in enumerate(samples)]
+def names_of(batch: Mapping | Sequence[Mapping]) -> list[str]:
+    """The names of the samples of a batch; ``sample_0`` and so on for those without."""
+    return [str(sample.get("name", f"sample_{i}")) for i, sample in enumerate(samples_of(batch))]

@@ -3,8 +3,8 @@
 from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
 from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
+    InverseFrequencyMask,
     MaskIndices,
-    MaskSampler,
     RandInverseFrequencyMask,
     RandInverseFrequencyMaskd,
     draw_mask,
@@ -29,7 +29,6 @@ from .resolution import (
     RandReducedResolution,
     RandReducedResolutiond,
     ResolutionSampler,
-    keep_measured,
     reduce_resolution,
 )
 from .seeded import SeededTransform, SeededTransformd
@@ -38,11 +37,11 @@ from .skull_stripping import RandSkullStripd
 __all__ = [
     "DataConsistencyd",
     "FourierResampled",
+    "InverseFrequencyMask",
     "InvertArgmaxd",
     "KeepOnlyAffined",
     "BlendByNoiseLeveld",
     "MaskIndices",
-    "MaskSampler",
     "NoiseSampler",
     "PhysiologicalMotion",
     "RandDownsampledCrop",
@@ -63,7 +62,6 @@ __all__ = [
     "frequency_weighted_noise",
     "high_frequency_map",
     "inverse_frequency_mask",
-    "keep_measured",
     "noise_weight",
     "patch_energy",
     "reduce_resolution",

@@ -1,8 +1,8 @@
 """Lower resolution, as a scanner that reads fewer lines of k-space gives it (METHOD.md, degradations).
 
-:func:`reduce_resolution` is the pure, batched function; :class:`ResolutionSampler` draws its factors for a batch,
-:class:`RandReducedResolution` for one image and :class:`RandReducedResolutiond` for the entries of a dictionary. The
-degradation of the denoising task is the noise of :mod:`sspformer.transforms.noise`.
+:func:`sspformer.kspace.reduce_resolution` is the pure, batched function; :class:`ResolutionSampler` draws its factors
+for a batch, :class:`RandReducedResolution` for one image and :class:`RandReducedResolutiond` for the entries of a
+dictionary. The degradation of the denoising task is the noise of :mod:`sspformer.transforms.noise`.
 
 :class:`RandDownsampledCrop` makes the clean images of both tasks: scans have noise of their own, which fewer lines of
 k-space on a coarser grid leave behind.
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.data import MetaTensor
@@ -25,6 +24,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
+from ..kspace import reduce_resolution
 from ..options import is_null
 from .noise import checked_range
 from .seeded import SeededTransform, SeededTransformd
@@ -37,45 +37,8 @@ __all__ = [
     "RandReducedResolution",
     "RandReducedResolutiond",
     "ResolutionSampler",
-    "keep_measured",
     "reduce_resolution",
 ]
-
-
-def reduce_resolution(image: Tensor, factors: Sequence[float] | Tensor) -> Tensor:
-    """The image as an acquisition with fewer k-space lines shows it, zero-filled to the same grid.
-
-    Along an axis of ``n`` voxels ``round(n / factor)`` lines are kept, at least one. Exactly
-    :func:`sspformer.kspace.fourier_resample` down to that many voxels and up again, but for each sample of a batch a
-    factor of its own, without waiting for the device.
-
-    Args:
-        image: real ``(B, C, *S)``.
-        factors: voxel size of the acquisition over that of the grid, for each axis; ``(len(S),)`` or
-            ``(B, len(S))``, 1 or more.
-
-    Returns:
-        ``(B, C, *S)``, float32. Beside sharp edges it rings, also below 0.
-
-    Raises:
-        ValueError: if the shape of ``factors`` does not fit.
-    """
-    axes, image = kspace.spatial_axes(image), image.float()
-    factors = torch.as_tensor(factors, dtype=torch.float32, device=image.device)
-    if factors.shape not in ((len(axes),), (image.shape[0], len(axes))):
-        raise ValueError(
-            f"factors have shape {tuple(factors.shape)}; for an image of shape {tuple(image.shape)} it must be "
-            f"({len(axes)},) or ({image.shape[0]}, {len(axes)})."
-        )
-    for axis, factor in zip(axes, factors.expand(image.shape[0], -1).unbind(dim=1)):
-        n = image.shape[axis]
-        lines = (n / factor).round().clamp(1, n).reshape(-1, *[1] * (image.ndim - 1))
-        half = torch.fft.rfft(image, dim=axis)
-        index = torch.arange(half.shape[axis], device=image.device).reshape(-1, *[1] * (-1 - axis))
-        # of the two terms at the Nyquist frequency of fewer lines, only the even part survives folding and splitting
-        half = torch.complex(half.real * (2 * index <= lines), half.imag * (2 * index < lines))
-        image = torch.fft.irfft(half, n=n, dim=axis)
-    return image
 
 
 class ResolutionSampler:
@@ -300,24 +263,6 @@ class RandDownsampledCropd(Randomizable, MapTransform):
         for i, key in enumerate(self.key_iterator(d)):
             d[key] = self.transform(d[key], randomize=i == 0)
         return d
-
-
-def keep_measured(pred: Tensor, degraded: Tensor, factors: Tensor, margin: int = 0) -> Tensor:
-    """``pred`` with the k-space that ``degraded`` holds put back, the rest as predicted.
-
-    What was measured without noise is true, so this is an orthogonal projection towards the truth: over a whole scan it
-    can only lower the squared error. It is :func:`sspformer.kspace.data_consistency` for a factor of its own for each
-    sample, on the grid of the prediction.
-
-    Args:
-        pred: ``(B, C, *S)``.
-        degraded: ``(B, C, *S)`` of :func:`sspformer.transforms.reduce_resolution`.
-        factors: those that it was reduced by, ``(len(S),)`` or ``(B, len(S))``.
-        margin: voxels that were cut off each end after it was reduced, in which nothing is predicted.
-    """
-    residual = F.pad(pred.float() - degraded, [margin] * 2 * (pred.ndim - 2))
-    residual = residual - reduce_resolution(residual, factors)
-    return degraded + residual[(..., *(slice(margin, side - margin) for side in residual.shape[2:]))]
 
 
 class FourierResampled(MapTransform):
