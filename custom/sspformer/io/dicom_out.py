@@ -26,7 +26,7 @@ from pydicom.valuerep import DA, TM, format_number_as_ds
 
 from .. import __version__
 from ..pictures import class_colors
-from .dicom_in import DicomStack, read_stack
+from .dicom_in import DicomStack, quiet_dicom, read_stack
 from .errors import Unusable
 from .files import digest, replacing
 from .load import is_series
@@ -206,6 +206,7 @@ def import_highdicom():
     return highdicom
 
 
+@quiet_dicom()
 def segmentation_to_dicom(
     labels: np.ndarray, files: Sequence[str | Path], path: str | Path, names: Sequence[str]
 ) -> None:
@@ -263,6 +264,7 @@ def segmentation_to_dicom(
         segmentation.save_as(part)
 
 
+@quiet_dicom()
 def image_to_dicom(
     voxels: np.ndarray,
     affine: np.ndarray,
