@@ -440,7 +440,7 @@ def test_files_of_others_in_the_folder_are_not_deleted(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     for _ in ("notes.txt", "of_a_scanner.dcm"):
-        with pytest.raises(ValueError, match="out holds files that are none of its images"):
+        with pytest.raises(ValueError, match="out holds files that are not images of ours"):
             dicom.image_to_dicom(voxels, affine, files, tmp_path / "out", *DENOISING)
         assert len(list((tmp_path / "out").iterdir())) == 1 and not list(tmp_path.glob("*.part"))
         (tmp_path / "out" / "notes.txt").unlink(missing_ok=True)
