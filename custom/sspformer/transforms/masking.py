@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
+from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
@@ -277,7 +277,7 @@ class InverseFrequencyMask:
 
 
 class RandInverseFrequencyMask(SeededTransform):
-    """Voxel mask of one image ``(C, *S)`` by inverse frequency projection; spacing is read from a MetaTensor.
+    """Voxel mask of one image ``(C, *S)`` by inverse frequency projection.
 
     Returns a mask ``(1, *S)`` of the image's own grid and affine: 1 where masked, 0 where visible, uint8.
 
@@ -290,15 +290,9 @@ class RandInverseFrequencyMask(SeededTransform):
         super().__init__()
         self.patch_size, self.kwargs = patch_size, kwargs
 
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
-        if randomize:
-            self.randomize()
-        image = img.as_subclass(Tensor)[None]
+    def apply(self, image: Tensor, spacing: Tensor | None, generator: torch.Generator) -> Tensor:
         strategy = InverseFrequencyMask(self.patch_size, image.ndim - 2, **self.kwargs)
-        indices = strategy(image, kspace.spacing_of(img), self.generator(img.device))
-        mask = voxel_mask(indices, image.shape[2:], strategy.patch_size)[0]
-        return convert_to_dst_type(mask, img, dtype=torch.uint8)[0]
+        return voxel_mask(strategy(image, spacing, generator), image.shape[2:], strategy.patch_size).to(torch.uint8)
 
 
 class RandInverseFrequencyMaskd(SeededTransformd):
@@ -324,7 +318,5 @@ class RandInverseFrequencyMaskd(SeededTransformd):
         self.mask_key_postfix = mask_key_postfix
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[f"{key}_{self.mask_key_postfix}"] = self.transform(d[key])
-        return d
+        masks = {f"{key}_{self.mask_key_postfix}": self.transform(data[key]) for key in self.key_iterator(dict(data))}
+        return {**data, **masks}

@@ -7,14 +7,12 @@ parameters for one image, and :class:`RandFrequencyWeightedNoised` does so for t
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.config.type_definitions import NdarrayOrTensor
-from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from .. import kspace
@@ -290,7 +288,7 @@ def checked_range(name: str, value: float | Sequence[float], low: float, high: f
 
 
 class RandFrequencyWeightedNoise(SeededTransform):
-    """Frequency-weighted FFT noise on one magnitude image ``(C, *S)``; spacing is read from a MetaTensor.
+    """Frequency-weighted FFT noise on one magnitude image ``(C, *S)``.
 
     Args:
         prob: probability of applying it.
@@ -304,24 +302,13 @@ class RandFrequencyWeightedNoise(SeededTransform):
         super().__init__(prob)
         self.sampler = NoiseSampler(**kwargs)
 
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
-        if randomize:
-            self.randomize()
-        if not self._do_transform:
-            return img
-        if img.min() < 0:
+    def apply(self, image: Tensor, spacing: Tensor | None, generator: torch.Generator) -> Tensor:
+        if image.min() < 0:
             raise ValueError(
-                f"{type(self).__name__} got an image with values down to {float(img.min()):.3g}; a magnitude image has "
-                "none below 0: apply it before z-scoring, after scaling to [0, 1]."
+                f"{type(self).__name__} got an image with values down to {float(image.min()):.3g}; a magnitude image "
+                "has none below 0: apply it before z-scoring, after scaling to [0, 1]."
             )
-        noisy = self.sampler(
-            img.as_subclass(Tensor)[None],
-            kspace.spacing_of(img),
-            self.generator(img.device),
-            np.random.RandomState(self._seed),
-        )[0]
-        return convert_to_dst_type(noisy, img)[0]
+        return self.sampler(image, spacing, generator, np.random.RandomState(generator.initial_seed()))
 
 
 class RandFrequencyWeightedNoised(SeededTransformd):
@@ -335,12 +322,4 @@ class RandFrequencyWeightedNoised(SeededTransformd):
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
-        super().__init__(keys, RandFrequencyWeightedNoise(prob=1.0, **kwargs), prob, allow_missing_keys)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        self.randomize(None)
-        for key in self.key_iterator(d):
-            untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
-            d[key] = self.transform(untouched) if self._do_transform else untouched
-        return d
+        super().__init__(keys, RandFrequencyWeightedNoise(**kwargs), prob, allow_missing_keys)
