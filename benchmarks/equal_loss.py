@@ -41,7 +41,7 @@ from _common import (
 )
 from torch import Tensor, nn
 
-from sspformer.data import prepare_datalist
+from sspformer.data import DatasetOptions, prepare_datalist
 from sspformer.io import LoadScand
 from sspformer.losses import MaskedReconstructionLoss
 from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder, gather_tokens, patchify
@@ -68,7 +68,7 @@ def find_scans(dataset_dir: Path | None, datalist: Path | None) -> tuple[list, l
         from sspformer.demo import make_demo_dataset
 
         dataset_dir = Path(make_demo_dataset(Path(tempfile.gettempdir(), "sspformer_demo")))
-    items = prepare_datalist(dataset_dir, val_fraction=0.2)
+    items = prepare_datalist(DatasetOptions(dataset_dir, val_fraction=0.2))
     return tuple([item["image"] for item in items[split]] for split in ("training", "validation"))
 
 

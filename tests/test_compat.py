@@ -10,7 +10,7 @@ from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
 from sspformer.compat import from_monai_label, original_error, print_cause_last
-from sspformer.data import prepare_datalist
+from sspformer.data import DatasetOptions, prepare_datalist
 from sspformer.engines import ScansFailed
 from sspformer.io import LoadScand
 
@@ -41,7 +41,7 @@ def interrupted():
     "fail, said",
     [
         (failing_config, "error: {path} is damaged or holds more than weights"),
-        (prepare_datalist, "error: the datalist {path} is not valid JSON"),
+        (lambda path: prepare_datalist(DatasetOptions(path)), "error: the datalist {path} is not valid JSON"),
         (lambda path: failing_loader(0), "error: cannot read the scan gone.nii.gz: no such file"),
         (lambda path: failing_loader(1), "error: cannot read the scan gone.nii.gz: no such file"),
         (lambda path: interrupted(), None),

@@ -21,7 +21,7 @@ from pydicom.uid import generate_uid
 from test_data import dicom_series, dicom_slice, enhanced_dicom, nifti, oblique_affine, save_dicom
 from test_inference import BUNDLE, gain, infer, report, threshold  # noqa: F401 (a fixture)
 
-from sspformer.data import find_inputs, prepare_datalist
+from sspformer.data import DatasetOptions, find_inputs, prepare_datalist
 from sspformer.engines import ScansFailed
 from sspformer.io import LoadScand, read_dicom
 from sspformer.io import dicom_out as dicom
@@ -209,14 +209,14 @@ def test_a_study_as_it_is_exported(tmp_path):
     for k, axes in enumerate(([1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1])):
         localizer = dicom_slice(image(), affine, k, "1.2.3.1", ImageOrientationPatient=axes)
         save_dicom(localizer, folder / f"loc{k}")
-    datalist = prepare_datalist(folder, tmp_path / "out", skip_unreadable=True, min_size=8)
+    datalist = prepare_datalist(DatasetOptions(folder, tmp_path / "out", skip_unreadable=True))
     assert {item["name"] for item in datalist["training"]} == {"DICOM_series4", "DICOM_series5"}
     said = (tmp_path / "out" / "scans.csv").read_text()
     for reason in (
         "not MR: the DICOM modality is CT",
         "not MR: the DICOM modality is OT",
         "different orientations (a localizer",
-        "dcmconv mends",
+        "dcmconv repairs",
         "empty file (0 bytes)",
     ):
         assert reason in said, reason
@@ -440,7 +440,7 @@ def test_files_of_others_in_the_folder_are_not_deleted(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     for _ in ("notes.txt", "of_a_scanner.dcm"):
-        with pytest.raises(ValueError, match="out holds files that are none of its images"):
+        with pytest.raises(ValueError, match="out holds files that are not images of ours"):
             dicom.image_to_dicom(voxels, affine, files, tmp_path / "out", *DENOISING)
         assert len(list((tmp_path / "out").iterdir())) == 1 and not list(tmp_path.glob("*.part"))
         (tmp_path / "out" / "notes.txt").unlink(missing_ok=True)
@@ -540,8 +540,8 @@ def test_nothing_of_the_patient_is_said(tmp_path, threshold):  # noqa: F811
     options = {"dataset_dir": str(scans), "output_dir": str(out / "inference"), "bundle_root": str(BUNDLE)}
     options |= {"dicom": "true", "pictures": "true", "roi_size": [24, 24, 24], **threshold}
     script = f"""
-from sspformer.data import prepare_datalist
-prepare_datalist({str(scans)!r}, {str(out / "training")!r}, skip_unreadable=True, val_fraction=0)
+from sspformer.data import DatasetOptions, prepare_datalist
+prepare_datalist(DatasetOptions({str(scans)!r}, {str(out / "training")!r}, skip_unreadable=True, val_fraction=0))
 from monai.bundle import run
 logging = {str(BUNDLE / "configs" / "logging.conf")!r}
 config = {str(BUNDLE / "configs" / "inference.json")!r}

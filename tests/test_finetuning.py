@@ -19,7 +19,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.transforms import Compose
 
-from sspformer.data import class_weights, prepare_pairs
+from sspformer.data import DatasetOptions, class_weights, prepare_pairs
 from sspformer.engines import FreezeEncoder, SaveBestModel, layer_decay_groups
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 from sspformer.options import is_null
@@ -302,7 +302,7 @@ def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
         transforms = [step for entry in entries for step in parser.get_parsed_content(entry)]
         return Compose(transforms)(item)["label"][0].numpy()
 
-    (item,) = prepare_pairs(tmp_path, classes=10, val_fraction=0)["training"]
+    (item,) = prepare_pairs(DatasetOptions(tmp_path, classes=10, val_fraction=0))["training"]
     for label in (read("train.json", "preprocessing", "compact"), read("evaluate.json", "label_loading")):
         assert label.dtype == np.uint8 and np.array_equal(label, numbers)
     torch.testing.assert_close(class_weights([item], 10), torch.ones(10))

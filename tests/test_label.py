@@ -21,7 +21,7 @@ from monai.data import decollate_batch, partition_dataset
 from monai.transforms import Compose, SaveImaged
 from nilearn.datasets import load_mni152_template
 
-from sspformer.data import LazyDatalist, check_pairs, file_hashing
+from sspformer.data import DatasetOptions, LazyDatalist, check_pairs, file_hashing
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,7 +257,7 @@ def test_a_label_map_that_does_not_fit_is_refused_by_name(bundle, datalist, tmp_
     assert "2 of 3 images" in said and "unknown values 5, 10" in said and "3 mm off" in said
     assert "scan0.nii.gz" in said and "scan1.nii.gz" in said and "scan2.nii.gz" not in said
     assert change(before, weights(bundle)) == 0
-    check_pairs(datalist[2:], 3)
+    check_pairs(datalist[2:], DatasetOptions(tmp_path, classes=3))
 
 
 @pytest.mark.parametrize("run_id", ["run", ""])

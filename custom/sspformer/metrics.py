@@ -1,4 +1,4 @@
-"""Scores of segmentation and restoration, and their summary over subjects."""
+"""Metrics of segmentation and restoration, and their summary over subjects."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ __all__ = [
 
 
 class _OfLabelMaps:
-    """Lets a metric of surfaces take label maps ``(B, 1, *S)``, of which MetaTensors, and measure in mm.
+    """Lets a surface metric take label maps ``(B, 1, *S)``, MetaTensors, and measure in mm.
 
-    Only the box around both maps' labels becomes one-hot: 17 structures of a 1 mm head would take gigabytes. A
+    Only the box around the labels becomes one-hot, because 17 structures of a 1 mm head would take gigabytes. A
     structure that the true map lacks has no score (nan), whatever was predicted, as in MONAI's ``DiceMetric``.
     """
 
     num_classes: int
-    of_missed: float  # of a structure that is there and was not predicted: MONAI's quantile of infinities is nan
+    of_missed: float  # score of a structure that was not predicted, see sspformer.compat
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor, **kwargs) -> Tensor:
         spacing = kspace.spacing_of(y[0])
         if spacing is None:
             raise ValueError("the true label map is a plain tensor without an affine, so distances in mm are unknown.")
-        maps = [torch.as_tensor(labels).as_subclass(Tensor).cpu() for labels in (y_pred, y)]  # KD-trees are there
+        maps = [torch.as_tensor(labels).as_subclass(Tensor).cpu() for labels in (y_pred, y)]  # as KD-trees need it
         voxels = torch.stack(maps).amax(dim=(0, 1, 2)).nonzero()
         if len(voxels):
             box = [slice(low, high + 1) for low, high in zip(voxels.amin(0).tolist(), voxels.amax(0).tolist())]
             maps = [labels[(..., *box)] for labels in maps]
         pred, true = (one_hot(labels, self.num_classes, dtype=torch.uint8) for labels in maps)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of structures that are absent or missed: see below
+            warnings.simplefilter("ignore")  # about absent and missed structures, handled below
             scores = super()._compute_tensor(pred, true, spacing=spacing.tolist())  # type: ignore[misc]
         is_there, is_predicted = (labels[:, 1:].flatten(2).amax(dim=2) > 0 for labels in (true, pred))
         scores = scores.masked_fill(is_there & ~is_predicted, self.of_missed)
@@ -60,8 +60,7 @@ class _OfLabelMaps:
 
 
 class SurfaceDice(_OfLabelMaps, SurfaceDiceMetric):
-    """MONAI's ``SurfaceDiceMetric`` of label maps: the share of both surfaces that is at most ``tolerance`` from the
-    other.
+    """MONAI's ``SurfaceDiceMetric`` for label maps: the share of both surfaces within ``tolerance`` of the other.
 
     Args:
         num_classes: with the background, which has no score.
@@ -76,9 +75,9 @@ class SurfaceDice(_OfLabelMaps, SurfaceDiceMetric):
 
 
 class HausdorffDistance95(_OfLabelMaps, HausdorffDistanceMetric):
-    """MONAI's ``HausdorffDistanceMetric`` at the 95th percentile, in mm, of label maps.
+    """MONAI's ``HausdorffDistanceMetric`` for label maps, 95th percentile, in mm.
 
-    Infinite for a structure that is there and was not predicted at all.
+    It is infinite for a structure that was not predicted at all.
 
     Args:
         num_classes: with the background, which has no score.
@@ -92,8 +91,7 @@ class HausdorffDistance95(_OfLabelMaps, HausdorffDistanceMetric):
 
 
 class ForegroundPSNR(PSNRMetric):
-    """MONAI's ``PSNRMetric`` over the voxels that are brighter than the mean of the true image: air, which is easy to
-    restore, does not count.
+    """MONAI's ``PSNRMetric`` over the voxels brighter than the mean of the true image, because air is easy to restore.
 
     Args:
         max_val: the intensity range.
@@ -112,8 +110,9 @@ class ForegroundPSNR(PSNRMetric):
 
 
 class FittedSSIM(SSIMMetric):
-    """MONAI's ``SSIMMetric`` with a window that fits: along an axis with fewer voxels than ``win_size``, such as the
-    slices of a thin slab, it is as long as the largest odd number of them.
+    """MONAI's ``SSIMMetric`` with a window that fits thin slabs.
+
+    Along an axis with fewer voxels than ``win_size``, the window has the largest odd number of them.
 
     Args:
         spatial_dims: 2 or 3.
@@ -125,7 +124,7 @@ class FittedSSIM(SSIMMetric):
         super().__init__(spatial_dims, data_range, **kwargs)
 
     def ssim_map(self, y_pred: Tensor, y: Tensor) -> tuple[Tensor, list[int]]:
-        """A value for each place where the whole window fits, ``(B, C, *s)``, and the sides of the window."""
+        """SSIM wherever the whole window fits, ``(B, C, *s)``, and the sides of the window."""
         sides = [min(size, side - 1 + side % 2) for size, side in zip(self.kernel_size, y.shape[2:])]
         window = {"kernel_type": self.kernel_type, "kernel_size": sides, "kernel_sigma": self.kernel_sigma}
         ssim, _ = compute_ssim_and_cs(
@@ -138,7 +137,7 @@ class FittedSSIM(SSIMMetric):
 
 
 class ForegroundSSIM(FittedSSIM):
-    """:class:`FittedSSIM`, its map averaged over the voxels that are brighter than the mean of the true image."""
+    """:class:`FittedSSIM`, averaged over the voxels brighter than the mean of the true image."""
 
     def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
         ssim, sides = self.ssim_map(y_pred, y)

@@ -1,6 +1,6 @@
 """Files in and out: NIfTI and DICOM."""
 
-from .dicom_in import DicomStack, read_dicom, read_stack
+from .dicom_in import DicomStack, quiet_dicom, read_dicom, read_stack
 from .dicom_out import (
     STRUCTURE_CODES,
     SaveImageDicomd,
@@ -32,6 +32,7 @@ __all__ = [
     "import_highdicom",
     "is_series",
     "output_path",
+    "quiet_dicom",
     "read_dicom",
     "read_nifti",
     "read_stack",

@@ -42,20 +42,20 @@ __all__ = [
 
 
 class ResolutionSampler:
-    """Draws the factors of :func:`reduce_resolution` for every sample of a batch, and applies it.
+    """Draws factors for each sample of a batch, and applies :func:`reduce_resolution`.
 
     Args:
-        factor: voxel size of the acquisition over that of the grid, ``(low, high)``, drawn uniformly for each sample,
-            or one number; 1 or more.
-        patterns: which axes have it, drawn for each sample: ``isotropic``, all; ``through_plane``, one (a stack of
-            thick slices); ``in_plane``, all but one.
-        axis: the slice axis of ``through_plane`` and ``in_plane``, 0-based; None: drawn for each sample.
+        factor: voxel size of the acquisition over that of the grid, at least 1: a number, or a range ``(low, high)``
+            from which it is drawn uniformly for each sample.
+        patterns: which axes are reduced, drawn for each sample: ``isotropic``, all axes; ``through_plane``, one axis (a
+            stack of thick slices); ``in_plane``, all but one.
+        axis: slice axis of ``through_plane`` and ``in_plane``, from 0; None: drawn for each sample.
 
     Attributes:
         drawn: ``factor`` of each sample of the last batch along each axis, ``(B, len(S))``.
 
     Raises:
-        ValueError: if the range is not ordered or starts below 1, or a pattern is unknown.
+        ValueError: if the range is not ascending or starts below 1, or a pattern is unknown.
     """
 
     PATTERNS = ("isotropic", "through_plane", "in_plane")
@@ -73,7 +73,7 @@ class ResolutionSampler:
         self.axis = axis
 
     def factors(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Factors for a batch ``(B, C, *S)``, ``(B, len(S))``, on its device."""
+        """Draw factors ``(B, len(S))`` for a batch ``(B, C, *S)``, on its device."""
         n, n_axes = image.shape[0], image.ndim - 2
         draw = {"generator": generator, "device": image.device}
         low, high = self.factor
@@ -100,9 +100,9 @@ class ResolutionSampler:
 
         Args:
             image: clean images ``(B, C, *S)``.
-            spacing: not needed, the factors are relative; here so that it is called as the noise is.
+            spacing: not used; degradations share one signature.
             generator: on the image's device.
-            random_state: not needed, as ``spacing``.
+            random_state: not used.
         """
         self.drawn = {"factor": self.factors(image, generator)}
         return reduce_resolution(image, self.drawn["factor"])
@@ -139,27 +139,28 @@ class RandReducedResolutiond(SeededTransformd):
 
 
 class RandDownsampledCrop(Randomizable):
-    """A random crop of one image ``(C, *S)``, on a coarser grid: k-space is cropped and the voxels grow.
+    """A random crop of one image ``(C, *S)`` on a coarser grid, made by cropping k-space.
 
-    The scan's own noise falls with the square root of the voxels' volume, while the anatomy left is real: a cleaner
-    image than the scan, of more structure a voxel, and another one for each factor drawn. Where a crop ends its Fourier
-    transform wraps around, so it is taken with a few voxels more on each side.
+    The noise of the scan falls with the square root of the voxel volume, while the anatomy stays real. The crop is
+    therefore cleaner than the scan, has more structure in each voxel, and differs for each factor. It is taken a few
+    voxels larger and then trimmed, because a Fourier transform wraps around at the ends.
 
     Args:
-        roi_size: voxels of the crop, one number for each axis. A scan that is smaller is mirrored at its ends.
-        factor: voxel size afterwards over that of the scan, ``(low, high)``, drawn uniformly, or one number; 1 or more.
-        prob: share of the crops that are made coarser; the others keep the scan's voxels.
-        max_spacing: mm; axes with coarser voxels keep them. An image without spacing has voxels of 1 mm.
-        threshold: intensity above which a voxel is no air.
-        foreground: share of such voxels, from 0 to 1, that a crop is to have; the place is drawn anew up to ``TRIES``
-            times. Air is soon learnt, and a loss that counts all crops alike then looks at little else.
+        roi_size: voxels of the crop along each axis. A smaller scan is mirrored at its ends.
+        factor: voxel size of the crop over that of the scan, at least 1: a number, or a range ``(low, high)`` from
+            which it is drawn uniformly.
+        prob: share of the crops that become coarser; the others keep the scan's voxels.
+        max_spacing: mm; axes with larger voxels keep them. An image without spacing has voxels of 1 mm.
+        threshold: intensity above which a voxel is not air.
+        foreground: share of such voxels, 0 to 1, that a crop should have; its place is drawn again up to ``TRIES``
+            times. Air is learned soon, and would then dominate a loss that weighs all crops alike.
 
     Raises:
-        ValueError: if a side of the crop is not above 0, the range of factors is not ordered or starts below 1,
-            ``prob`` or ``foreground`` is no share, or an image has another number of axes than the crop.
+        ValueError: if ``roi_size`` is not above 0 or does not fit the image, the range of factors is not ascending or
+            starts below 1, or ``prob`` or ``foreground`` is outside [0, 1].
     """
 
-    WRAP = 4  # voxels of the coarser grid
+    WRAP = 4  # voxels of the coarser grid that are trimmed
     TRIES = 8
 
     def __init__(
@@ -181,7 +182,7 @@ class RandDownsampledCrop(Randomizable):
         self.threshold, self.foreground = threshold, foreground
 
     def randomize(self, data: Tensor) -> None:
-        """Draws the factor of each axis, and where in the scan the crop is."""
+        """Draw the factor of each axis and the place of the crop."""
         if data.ndim - 1 != len(self.roi_size):
             raise ValueError(f"roi_size {self.roi_size} does not fit an image of {data.ndim - 1} axes.")
         spacing = kspace.spacing_of(data)
@@ -204,7 +205,7 @@ class RandDownsampledCrop(Randomizable):
         img = convert_to_tensor(img, track_meta=True)
         if randomize:
             self.randomize(img)
-        crop = img.as_subclass(Tensor)[(slice(None), *self._window)].float()  # a scan may wait in half precision
+        crop = img.as_subclass(Tensor)[(slice(None), *self._window)].float()  # cached scans have half precision
         inner, size, before, step = [slice(None)], [], [], []
         for length, wanted, factor in zip(crop.shape[1:], self.roi_size, self._factors, strict=True):
             size.append(max(1, round(length / factor)))
@@ -217,9 +218,9 @@ class RandDownsampledCrop(Randomizable):
         crop = torch.as_tensor(SpatialPad(self.roi_size, mode="symmetric")(crop)).as_subclass(Tensor)
         if not isinstance(img, MetaTensor):
             return crop
-        # the first voxel of the crop, in voxels of the scan: neither resampling nor mirroring moves it
+        # first voxel of the crop, in voxels of the scan; resampling and mirroring do not move it
         corner = [w.start + (i.start - b) * s for w, i, b, s in zip(self._window, inner[1:], before, step)]
-        affine, axes = img.affine.clone(), len(step)  # an affine of MONAI is 4 x 4 in 2D, too
+        affine, axes = img.affine.clone(), len(step)  # MONAI's affines are 4 x 4 in 2D, too
         affine[:axes, -1] += affine[:axes, :axes] @ torch.tensor(corner, dtype=affine.dtype)
         affine[:axes, :axes] *= torch.tensor(step, dtype=affine.dtype)
         return MetaTensor(crop, affine=affine)
@@ -229,7 +230,7 @@ class RandDownsampledCropd(Randomizable, MapTransform):
     """Dictionary twin of :class:`RandDownsampledCrop`; all keys get the same crop and factor.
 
     Args:
-        keys: entries to crop, of one grid.
+        keys: entries to crop, on one grid.
         allow_missing_keys: do not raise if a key is missing.
         kwargs: see :class:`RandDownsampledCrop`.
     """
@@ -253,20 +254,20 @@ class RandDownsampledCropd(Randomizable, MapTransform):
 class FourierResampled(MapTransform):
     """A scan on a finer grid over the same field of view, zero-filled in k-space: the input of super-resolution.
 
-    The affine follows, and the scan as it was is kept beside it, for :class:`DataConsistencyd`. There is no inverse:
-    the finer grid is what is asked for. It belongs right after loading, where axes and voxel 0 are the file's own.
+    The affine is updated, and the scan is kept for :class:`DataConsistencyd`. It belongs right after loading, where the
+    axes are the file's. There is no inverse, because the result should be on the finer grid.
 
     Args:
-        keys: entries to resample, MetaTensors ``(C, X, Y, Z)``.
-        factor: voxels after over voxels before, a number or one for each axis, 1 or more.
-        spacing: the voxel spacing wanted instead, mm, a number or one for each axis; the nearest that the field of view
-            is a whole number of. No axis gets coarser.
-        low_key: name of the entry that keeps the scan as it was, appended to the key.
+        keys: scans ``(C, X, Y, Z)``, MetaTensors.
+        factor: voxels after over voxels before, at least 1: a number, or one for each axis.
+        spacing: voxel spacing in mm instead of a factor: a number, or one for each axis. It is rounded so that a whole
+            number of voxels fills the field of view. No axis gets coarser.
+        low_key: name of the entry that keeps the scan.
         allow_missing_keys: do not raise if a key is missing.
 
     Raises:
-        ValueError: unless just one of ``factor`` and ``spacing`` is given (None, or a word for it, is not), a number or
-            three, each above 0 and no factor below 1.
+        ValueError: unless exactly one of ``factor`` and ``spacing`` is given, or a number is out of its range. None,
+            and "null" from a command line, count as not given.
     """
 
     def __init__(
@@ -303,7 +304,7 @@ class FourierResampled(MapTransform):
         return d
 
     def size(self, image: MetaTensor) -> np.ndarray:
-        """Voxels along each axis afterwards."""
+        """Voxels of the finer grid along each axis."""
         sides = np.array(image.shape[1:])
         if self.spacing is None:
             wanted = sides * np.array(self.factor)
@@ -313,7 +314,7 @@ class FourierResampled(MapTransform):
 
 
 def _three_numbers(name: str, value: Sequence[float] | float) -> tuple[float, ...]:
-    """A number, or one for each axis, as three; raises ``ValueError`` for anything else."""
+    """A number, or one for each axis, as three numbers; raises ``ValueError`` for anything else."""
     try:
         numbers = tuple(float(number) for number in ensure_tuple_rep(value, 3))
     except (TypeError, ValueError):
@@ -328,12 +329,12 @@ class DataConsistencyd(MapTransform):
 
     Args:
         keys: predictions ``(C, *S)``.
-        low_key: the scan as it was measured, on its own grid, with the prediction's orientation and intensity scale.
-        enabled: False: leave the predictions as they are.
-        resampled: whether the scan was on a coarser grid at all.
+        low_key: the measured scan on its own grid, with the prediction's orientation and intensity scale.
+        enabled: False: leave predictions as they are.
+        resampled: whether the scan was measured on a coarser grid.
 
     Raises:
-        ValueError: if it is enabled for a scan that was not.
+        ValueError: if it is enabled but the scan was not measured on a coarser grid.
     """
 
     def __init__(
