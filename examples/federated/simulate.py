@@ -117,7 +117,8 @@ def component(parser: ConfigParser, key: str) -> dict[str, Any]:
     """An object of the configs as NVFlare builds it: its class and arguments, of which some are objects themselves."""
     args = {}
     for name, value in parser[key].items():
-        is_object = isinstance(value, str) and value.startswith("@") and "_target_" in parser[value[1:]]
+        other = parser[value[1:]] if isinstance(value, str) and value.startswith("@") else None
+        is_object = isinstance(other, dict) and "_target_" in other
         args[name] = component(parser, value[1:]) if is_object else parser.get_parsed_content(f"{key}#{name}")
     return {"class_path": args.pop("_target_"), "args": args}
 
