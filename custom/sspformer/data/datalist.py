@@ -16,7 +16,7 @@ from .labels import label_values
 from .listing import is_dicom, write_datalist
 from .naming import name_scans
 from .options import MIN_SIZE, DatasetOptions
-from .report import refuse, report
+from .report import raise_if_unusable, report
 from .scan import Scan
 from .split import hold_out_test, keep_test, split_subjects
 
@@ -99,7 +99,7 @@ def check_pairs(items: Sequence[Mapping], options: DatasetOptions) -> None:
         return found
 
     found = _find_and_check(listed, replace(options, min_size=MIN_SIZE))
-    refuse(found, root, "Correct or remove their label maps.")
+    raise_if_unusable(found, root, "Correct or remove their label maps.")
 
 
 def _find_and_check(find: Callable[..., Found], options: DatasetOptions, choose: Callable | None = None) -> Found:

@@ -12,6 +12,8 @@ from ..options import flag, is_null
 
 __all__ = ["MIN_SIZE", "DatasetOptions"]
 
+MIN_SIZE = 2  # voxels along each side of any scan
+
 
 def _integer(value: object) -> int:
     return int(str(value))  # int() alone would take 2.7
@@ -34,9 +36,6 @@ CONVERSIONS = {
     "max_volumes": _integer,
     "num_workers": lambda value: max(1, _integer(value)),
 }
-
-
-MIN_SIZE = 2  # voxels along each side of any scan
 
 
 @dataclass(frozen=True)
