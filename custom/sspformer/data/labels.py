@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -41,13 +42,9 @@ def label_values(classes: int | Mapping | None) -> set[int] | None:
 
 def integer_ranges(values: Collection[int]) -> str:
     """Integers in words, as `0-3, 7`."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], value]
-        else:
-            runs.append([value, value])
-    words = [str(low) if low == high else f"{low}-{high}" if low >= 0 else f"{low} to {high}" for low, high in runs]
+    runs = itertools.groupby(enumerate(sorted(values)), lambda numbered: numbered[1] - numbered[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    words = [str(low) if low == high else f"{low}-{high}" if low >= 0 else f"{low} to {high}" for low, high in ends]
     return ", ".join(words[:MAX_VALUES]) + (", ..." if len(words) > MAX_VALUES else "")
 
 
@@ -85,7 +82,7 @@ def class_names(bundle_root: str | os.PathLike) -> list[str]:
     ``monai.bundle.load`` leaves ``bundle_root`` at the working directory. If that is no bundle, the one that holds this
     package is read.
     """
-    paths = [Path(root) / "configs" / "metadata.json" for root in (bundle_root, Path(__file__).parents[1])]
+    paths = [Path(root) / "configs" / "metadata.json" for root in (bundle_root, Path(__file__).parents[2])]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"no {paths[0]}: start in the bundle's folder, or name it with --bundle_root.")

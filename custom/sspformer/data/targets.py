@@ -17,7 +17,7 @@ from ..io.files import stem
 from ..options import is_null
 from .datalist import _find_and_check, _lists, _test_items
 from .find import Found, find_scans
-from .options import CONVERSIONS, DatasetOptions
+from .options import DatasetOptions
 from .report import report
 from .scan import Scan
 from .split import hold_out_test, keep_test, split_subjects
@@ -47,10 +47,10 @@ class TargetOptions(DatasetOptions):
     targets: str | os.PathLike | None = None
     target: str | None = None
 
-    conversions = CONVERSIONS | {
-        "targets": (lambda value: None if is_null(value) else Path(value).absolute(), "a path or null"),
-        "target": (lambda value: None if is_null(value) else str(value), "the name of a column"),
-    }
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "targets", None if is_null(self.targets) else Path(self.targets).absolute())
+        object.__setattr__(self, "target", None if is_null(self.target) else str(self.target))
 
     def read(self) -> dict[str, str]:
         """The table, see :func:`read_table`."""
@@ -79,7 +79,7 @@ def prepare_targets(options: TargetOptions) -> dict[str, list[dict]]:
     found = _find_and_check(find_scans, options, choose)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, ("training", "validation"))
+    return _lists(found, options, "training", "validation")
 
 
 def prepare_test_targets(options: TargetOptions) -> list[dict]:
