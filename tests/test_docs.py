@@ -111,7 +111,7 @@ def test_options_in_the_text_exist(page, workflows):
     if page.name == "CHANGELOG.md":  # which names those that are gone
         return
     text = without_code(page.read_text(encoding="utf-8"))
-    others = set(OF_MONAI) | {"studies", "host", "conf"}  # the last three are MONAI Label's
+    others = OF_MONAI | {"help", "studies", "host", "conf"}  # the last three are MONAI Label's
     for script in (ROOT / "benchmarks").rglob("*.py"):
         others |= set(re.findall(r'"--(\w+)"', script.read_text()))
     others |= set(
