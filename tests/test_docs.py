@@ -29,13 +29,20 @@ OF_MONAI = {
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
 def without_code(text):
-    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return FENCED.sub("", text)
+
+
+def blocks(page, *languages):
+    return [code for language, code in FENCED.findall(page.read_text(encoding="utf-8")) if language in languages]
 
 
 def commands(page):
     """Commands of MONAI in a page's blocks of code, as lists of words."""
-    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+    for block in blocks(page, "", "bash"):
         for line in block.replace("\\\n", " ").split("\n"):
             if "monai.bundle" in line and " -c " not in line:
                 yield shlex.split(line, comments=True)
@@ -48,8 +55,9 @@ def options(words):
 
 
 def config_files(value):
+    """Files of the bundle; a config of the reader's own, ``/path/to/NAME``, is left out."""
     names = ast.literal_eval(value) if value.startswith("[") else [value]
-    return [BUNDLE / name[name.index("configs/") :] for name in names]
+    return [BUNDLE / name[name.index("configs/") :] for name in names if "configs/" in name or "/path/to/" not in name]
 
 
 def slug(heading):
@@ -100,8 +108,8 @@ def test_commands_name_configs_and_options_that_there_are(page):
         if "config_file" not in given:
             continue
         files = config_files(given["config_file"])
-        assert [file for file in files if not file.is_file() and "/path/to" not in given["config_file"]] == []
-        entries = merged(file for file in files if file.is_file())
+        assert [file for file in files if not file.is_file()] == []
+        entries = merged(files)
         for name in given.keys() - OF_MONAI:
             assert has(entries, name), f"--{name} is no entry of {given['config_file']}"
 
@@ -114,9 +122,8 @@ def test_options_in_the_text_exist(page, workflows):
     others = OF_MONAI | {"help", "studies", "host", "conf"}  # the last three are MONAI Label's
     for script in (ROOT / "benchmarks").rglob("*.py"):
         others |= set(re.findall(r'"--(\w+)"', script.read_text()))
-    others |= set(
-        re.findall(r"^    (\w+): .*[,=]", (ROOT / "examples/federated/simulate.py").read_text(), re.MULTILINE)
-    )
+    simulate = (ROOT / "examples/federated/simulate.py").read_text()
+    others |= set(re.findall(r"^    (\w+): .*[,=]", simulate, re.MULTILINE))
     names = re.findall(r"`--([A-Za-z_]\w*(?:#\w+)*)", text)
     if page.name == "options.md":
         cells = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
@@ -173,7 +180,7 @@ def test_every_page_is_in_the_index():
 def test_python_examples_run(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     namespace = {"__name__": "example"}
-    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.S | re.M):
+    for block in blocks(ROOT / name, "python"):
         exec(compile(block, name, "exec"), namespace)
 
 
