@@ -3,11 +3,16 @@
 import ast
 import inspect
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from pydoc import locate
 
+import nibabel as nib
+import numpy as np
 import pytest
 from monai.bundle import ConfigParser
 
@@ -182,6 +187,25 @@ def test_python_examples_run(name, monkeypatch):
     namespace = {"__name__": "example"}
     for block in blocks(ROOT / name, "python"):
         exec(compile(block, name, "exec"), namespace)
+
+
+def test_the_mask_of_the_example_pretrains(tmp_path):
+    page = ROOT / "CONTRIBUTING.md"
+    (tmp_path / "checkerboard.py").write_text(blocks(page, "python")[0])
+    (tmp_path / "checkerboard.json").write_text(blocks(page, "json")[0])
+    for i in range(2):
+        voxels = np.random.default_rng(i).integers(0, 1000, (20, 24, 16)).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"scan{i}.nii.gz")
+    settings = {"dataset_dir": tmp_path, "output_dir": tmp_path / "out", "crop_size": "[16,16,16]", "epochs": 1}
+    configs = [str(BUNDLE / "configs/pretrain.json"), str(tmp_path / "checkerboard.json")]
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
+    command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command += ["--crops_per_scan", "1", "--val_fraction", "0.5", "--device", "cpu", "--num_workers", "0"]
+    paths = os.pathsep.join([str(ROOT / "custom"), str(tmp_path)])
+    done = subprocess.run(command, cwd=BUNDLE, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/models/pretrained/encoder.pt").is_file()
+    assert "nan" in (tmp_path / "out/history.csv").read_text()  # this mask has no beta
 
 
 def test_the_version_is_the_same_everywhere():
