@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from ignite.metrics import EpochMetric
-from monai.handlers import from_engine
+from monai.handlers import MeanSquaredError, PeakSignalToNoiseRatio, from_engine
 from monai.handlers.ignite_metric import IgniteMetricHandler
 from monai.metrics import HausdorffDistanceMetric, PSNRMetric, SSIMMetric, SurfaceDiceMetric, compute_roc_auc
 from monai.metrics.regression import compute_ssim_and_cs
@@ -29,10 +29,12 @@ __all__ = [
     "classification_scores",
     "mean_of_finite",
     "regression_scores",
+    "reconstruction_metrics",
     "restoration_metrics",
     "scan_metrics",
     "score_intervals",
     "summarize",
+    "surface_metrics",
 ]
 
 
@@ -168,6 +170,45 @@ def restoration_metrics(spatial_dims: int = 3) -> dict[str, IgniteMetricHandler]
         name + suffix: IgniteMetricHandler(make_metric(), output_transform=from_engine([key, "clean"]))
         for name, make_metric in metrics.items()
         for suffix, key in (("", "pred"), ("_of_input", "degraded"))
+    }
+
+
+def reconstruction_metrics(spatial_dims: int = 3) -> dict[str, IgniteMetricHandler]:
+    """Scores of pretraining, of the output of :class:`sspformer.engines.Reconstruct`; for an evaluator, whose key
+    metric is the first. Intensity range 1.
+
+    ``masked_error`` is the mean squared error of the masked patches, ``high_frequency_error`` that of the quarter of
+    them with the highest energy, ``mean_prediction_error`` that of a network that has learned nothing. ``psnr`` is of
+    the masked patches, ``ssim`` (window of 7 voxels) of the whole reconstruction.
+
+    Args:
+        spatial_dims: 2 or 3.
+    """
+
+    def mean_squared_error(pred: str, true: str) -> MeanSquaredError:
+        return MeanSquaredError(output_transform=from_engine([pred, true]))
+
+    ssim = SSIMMetric(spatial_dims, data_range=1.0, win_size=7)
+    return {
+        "masked_error": mean_squared_error("pred_masked", "true_masked"),
+        "high_frequency_error": mean_squared_error("pred_high", "true_high"),
+        "mean_prediction_error": mean_squared_error("mean_masked", "true_masked"),
+        "psnr": PeakSignalToNoiseRatio(1.0, output_transform=from_engine(["pred_masked", "true_masked"])),
+        "ssim": IgniteMetricHandler(ssim, output_transform=from_engine(["reconstruction", "clean"])),
+    }
+
+
+def surface_metrics(num_classes: int, tolerance: float) -> dict[str, IgniteMetricHandler]:
+    """:class:`SurfaceDice` and :class:`HausdorffDistance95` of ``pred`` against ``label``, for an evaluator.
+
+    Args:
+        num_classes: with the background, which has no score.
+        tolerance: of the surface Dice in mm, 0 or more.
+    """
+    metrics = {"surface_dice": SurfaceDice(num_classes, tolerance), "hd95": HausdorffDistance95(num_classes)}
+    return {
+        name: IgniteMetricHandler(metric, output_transform=from_engine(["pred", "label"]))
+        for name, metric in metrics.items()
     }
 
 

@@ -47,9 +47,8 @@ def report(found: Found, options: DatasetOptions) -> None:
     summary = _summary(found)
     logger.info(summary + (f" All rows are in {options.output_dir / 'scans.csv'}." if options.output_dir else ""))
     if not options.skip_unreadable:
-        raise_if_unusable(
-            found, options.dataset_dir, "Repair or remove them, or pass --skip_unreadable true to leave them out."
-        )
+        hint = "Repair or remove them, or pass --data_options#skip_unreadable true to leave them out."
+        raise_if_unusable(found, options.dataset_dir, hint)
     if not usable and not found.held_out:
         raise ValueError(f"no usable scan in {options.dataset_dir}, which must be {found.layout}. Found: {summary}")
     if found.labelled:

@@ -75,7 +75,7 @@ def _draw_validation(scans: list, options: DatasetOptions) -> None:
         logger.warning(
             f"All scans seem to be of one subject ({subjects[0]}), so the same scans serve for training and validation "
             "and the validation loss says nothing about other people. If they are of several, say how a path names the "
-            "subject, for example --subject_pattern 'patient[0-9]+'."
+            "subject, for example --data_options#subject_pattern 'patient[0-9]+'."
         )
         for scan in scans:
             scan.split = "both"

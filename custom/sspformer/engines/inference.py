@@ -18,6 +18,7 @@ from ..compat import original_error
 from ..io.files import digest, stats, stem, write_atomically
 from ..io.load import files_of, is_series
 from ..io.tables import write_csv
+from ..options import flag
 
 __all__ = ["InferenceDataset", "InferenceEvaluator", "InferenceReport", "ResultWriter", "ScansFailed", "mark_done"]
 
@@ -70,6 +71,7 @@ def mark_done(
         the items. Each has ``done`` if its result is complete; a ``reason`` if a file of that name is there that was
         made from another scan or has no record; else the ``record`` (JSON) to write beside its result.
     """
+    overwrite = flag(overwrite)
     return [item if item.get("reason") else _mark(item, writers, weights, options, overwrite) for item in inputs]
 
 
