@@ -51,7 +51,7 @@ CONFIGS = ("configs/train.json", "configs/whole_scan.json", "configs/regression.
 VENTRICLES = 3  # in structures.csv
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 SEEDS = (0, 1, 2)
-AUGMENTATION = ("flip", "random_affine", "contrast", "bias_field", "noise")
+AUGMENTATION = ("flip", "affine", "contrast", "bias_field", "noise")
 FROZEN = {
     "encoder#_target_": "ventricle_share.RememberingEncoder",
     "epochs": 8,

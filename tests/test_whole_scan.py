@@ -33,7 +33,7 @@ TRAINING = {
     "val_fraction": 0.25,
     "learning_rate": 0.01,
     "pretrained": "null",
-    **{f"train_transforms#{name}#prob": 0.0 for name in ("random_affine", "contrast", "bias_field", "noise")},
+    **{f"train_transforms#{name}#prob": 0.0 for name in ("affine", "contrast", "bias_field", "noise")},
 }
 OVERLAYS = {"training": ["train"], "evaluating": ["train"], "inference": ["inference"]}
 
