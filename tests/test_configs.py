@@ -97,7 +97,7 @@ def test_the_page_of_options_names_entries_that_there_are():
         "All": [["pretrain"], ["train"], ["inference"]],
         "Data": [["train"]],
         "Pretraining": [["pretrain"]],
-        "Fine": [["train"], ["train", "restoration", "super_resolution"]],
+        "Fine": [["train"], ["train", "restoration", "super_resolution"], ["train", "whole_scan", "regression"]],
         "Evaluation": [["train", *overlays, "evaluate"] for overlays in OVERLAYS],
         "Inference": [["inference"], ["inference", "restoration", "super_resolution"]],
     }

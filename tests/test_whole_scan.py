@@ -31,7 +31,8 @@ TRAINING = {
     "epochs": 12,
     "val_interval": 6,
     "val_fraction": 0.25,
-    "learning_rate": 0.01,
+    "freeze_epochs": 12,  # features of a random encoder suffice here
+    "learning_rate": 0.03,
     "pretrained": "null",
     **{f"train_transforms#{name}#prob": 0.0 for name in ("affine", "contrast", "bias_field", "noise")},
 }
