@@ -24,7 +24,7 @@ from sspformer import __version__ as sspformer_version
 from sspformer.intensity import above_mean
 from sspformer.io import LoadScand
 from sspformer.networks import SIZES
-from sspformer.transforms import ScaleBetweenPercentilesd
+from sspformer.transforms import ScaleByPercentilesd
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -191,7 +191,7 @@ def head_loader(images: Sequence[str], spacing: float) -> DataLoader:
         Orientationd("image", "RAS", labels=None),
         Spacingd("image", [spacing] * 3),
         CropForegroundd("image", **foreground, start_coord_key=None, end_coord_key=None),
-        ScaleBetweenPercentilesd("image", 0.5, 99.5),
+        ScaleByPercentilesd("image", 0.5, 99.5),
     ]
     return DataLoader(Dataset([{"image": image} for image in images], Compose(steps)), batch_size=1)
 

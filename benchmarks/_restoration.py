@@ -25,7 +25,7 @@ from sspformer.intensity import above_mean
 from sspformer.io import LoadScand
 from sspformer.metrics import bootstrap_interval
 from sspformer.pictures import axial_slice
-from sspformer.transforms import ScaleByPercentiled
+from sspformer.transforms import ScaleByPercentilesd
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -157,7 +157,7 @@ def make_networks(task: str, args: argparse.Namespace) -> dict[str, nn.Module]:
 def restore(degraded: Tensor, network: nn.Module, inferer: Inferer, device: str) -> Tensor:
     """A degraded image ``(1, *S)`` restored as the bundle does it: scaled by its own 99.5th percentile, sliding window,
     scaled back."""
-    scale = ScaleByPercentiled("image")
+    scale = ScaleByPercentilesd("image", lower=None)
     scaled = scale({"image": MetaTensor(degraded)})["image"]
     pred = inferer(scaled.as_tensor()[None].to(device), network)[0].cpu()
     pred = MetaTensor(pred, applied_operations=scaled.applied_operations)

@@ -206,7 +206,7 @@ def main() -> None:
         parser.error(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}, or choose --peers")
     prepare_machine(parser, args)
 
-    leave_quiet = bundle_config("inference", TASK, args.device).get_parsed_content("leave_quiet")
+    blend_by_noise = bundle_config("inference", TASK, args.device).get_parsed_content("blend_by_noise")
     scans = manifest_scans(args.data_dir, "test")[: args.max_scans]
     networks = make_networks(TASK, args)
     methods = make_methods(args, networks)
@@ -220,7 +220,7 @@ def main() -> None:
             # the same field, scaled, at every level of a scan
             generator = torch.Generator().manual_seed(1000 * args.seed + i)
             noisy = frequency_weighted_noise(clean[None], level, 0.0, generator=generator, intensity_range=1.0)
-            share = leave_quiet[0].share(noisy[0]) if leave_quiet else 1.0
+            share = blend_by_noise[0].share(noisy[0]) if blend_by_noise else 1.0
             noisy = noisy[0][region]
             images = {}
             for name, method in methods.items():

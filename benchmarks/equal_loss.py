@@ -41,10 +41,10 @@ from _common import (
 )
 from torch import Tensor, nn
 
-from sspformer.data import prepare_datalist
+from sspformer.data import DatasetOptions, prepare_datalist
 from sspformer.io import LoadScand
 from sspformer.losses import MaskedReconstructionLoss
-from sspformer.networks import SIZES, MaskedAutoencoder, gather_tokens, patchify
+from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder, gather_tokens, patchify
 from sspformer.transforms import MaskIndices, draw_mask
 
 MONAI = ("MONAI learnable", "MONAI sin-cos")
@@ -68,7 +68,7 @@ def find_scans(dataset_dir: Path | None, datalist: Path | None) -> tuple[list, l
         from sspformer.demo import make_demo_dataset
 
         dataset_dir = Path(make_demo_dataset(Path(tempfile.gettempdir(), "sspformer_demo")))
-    items = prepare_datalist(dataset_dir, val_fraction=0.2)
+    items = prepare_datalist(DatasetOptions(dataset_dir, val_fraction=0.2))
     return tuple([item["image"] for item in items[split]] for split in ("training", "validation"))
 
 
@@ -170,7 +170,7 @@ def make_contender(name: str, seed: int, args) -> Contender:
         sincos = name == "MONAI sin-cos"
         network = MonaiMaskedAutoencoder(args.size, args.crop_size, args.patch_size, args.mask_ratio, sincos)
     else:
-        network = MaskedAutoencoder(size=args.size, patch_size=args.patch_size)
+        network = MaskedAutoencoder(SSPFormerEncoder(patch_size=args.patch_size, size=args.size))
     return Contender(network, name.endswith("bf16"), args)
 
 

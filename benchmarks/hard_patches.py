@@ -19,7 +19,7 @@ from sspformer.transforms import MaskIndices, draw_mask, patch_energy
 
 
 class HardPatchSampler:
-    """Stands in for :class:`sspformer.transforms.MaskSampler` in ``pretrain.json``.
+    """Stands in for :class:`sspformer.transforms.InverseFrequencyMask` in ``pretrain.json``.
 
     The loss of every patch of a batch comes from two passes without gradients: a random mask, then one that hides all
     the first left visible. They cost about as much as two thirds of a training step.
@@ -46,7 +46,6 @@ class HardPatchSampler:
         self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
         self.ratio = ratio
         self.amp = str2bool(amp)  # the command line gives "false" as a string
-        self.gamma, self.cutoff, self.local_amplitude = 1.0, None, False  # of the energies, for metrics and pictures
         self.set_beta(beta)
 
     def set_beta(self, beta: float) -> None:
@@ -55,15 +54,15 @@ class HardPatchSampler:
 
     def __call__(
         self, image: Tensor, spacing: Sequence[float] | Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[MaskIndices, Tensor, Tensor]:
-        """Indices, energies ``z`` (B, N) and the foreground ``(B, N)`` of images ``(B, C, *S)``, as ``MaskSampler``."""
-        energy, foreground = patch_energy(image, self.patch_size, spacing, self.gamma, self.cutoff)
-        score = torch.zeros_like(energy)
+    ) -> MaskIndices:
+        """Masks of images ``(B, C, *S)``."""
+        _, foreground = patch_energy(image, self.patch_size, spacing)
+        score = torch.zeros(foreground.shape, device=image.device)
         n_hard = round(self.beta * round(self.ratio * score.shape[1]))
         if n_hard > 0:
             loss = self.patch_loss(image, foreground, generator)
             score.scatter_(1, loss.topk(n_hard, dim=1).indices, 1e3)  # far above the Gumbel noise: surely masked
-        return draw_mask(score, self.ratio, 1.0, foreground, generator=generator), energy, foreground
+        return draw_mask(score, self.ratio, 1.0, foreground, generator=generator)
 
     @torch.no_grad()
     def patch_loss(self, image: Tensor, foreground: Tensor, generator: torch.Generator | None = None) -> Tensor:

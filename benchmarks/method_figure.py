@@ -23,6 +23,7 @@ from sspformer.transforms import (
     frequency_weighted_noise,
     high_frequency_map,
     inverse_frequency_mask,
+    patch_energy,
     voxel_mask,
 )
 
@@ -54,7 +55,8 @@ def main() -> None:
         ("high-frequency map", picture(high_frequency_map(clean, spacing)), "magma", None),
     ]
     for beta in (0.0, 1.0, 3.0):
-        indices, _, foreground = inverse_frequency_mask(clean, PATCH, beta=beta, spacing=spacing, generator=generator())
+        indices = inverse_frequency_mask(clean, PATCH, beta=beta, spacing=spacing, generator=generator())
+        _, foreground = patch_energy(clean, PATCH, spacing)
         hidden = clean.masked_fill(voxel_mask(indices, clean.shape[2:], PATCH), torch.nan)
         share = indices.to_map()[foreground].float().mean().item()
         panels.append((f"beta {beta:g}, {share:.0%} of the foreground masked", picture(hidden), "mask", 1))

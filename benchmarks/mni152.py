@@ -95,7 +95,7 @@ def main() -> None:
         rows = segmentation(Path(folder))
         rows += [restoration(task, Path(folder)) for task in ("denoising", "super_resolution")]
         picture = next(Path(folder).rglob("*.png"))
-        (BUNDLE / "docs" / "mni152.png").write_bytes(picture.read_bytes())
+        (BUNDLE.parent / "docs" / "images" / "mni152.png").write_bytes(picture.read_bytes())
     write_csv(RESULTS / "mni152.csv", [{**row, **facts()} for row in rows])
     print_table(list(rows[0]), [list(row.values()) for row in rows])
 

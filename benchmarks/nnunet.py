@@ -47,7 +47,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from study import ROOT, TASKS, Study
 
-from sspformer.data import prepare_pairs
+from sspformer.data import DatasetOptions, prepare_pairs
 
 DATASET, DATASET_ID, CONFIGURATION = "Dataset004_Hippocampus", 4, "3d_fullres"
 STRUCTURES = {"anterior hippocampus": 1, "posterior hippocampus": 2}
@@ -213,7 +213,7 @@ def main() -> None:
     study = Study(args.data_dir, args.work_dir, jobs=1)
     lists = study.datalist("hippocampus", TASKS["hippocampus"]["splits"], ["hippocampus/images/"])
     labels = None if args.labels == "all" else int(args.labels)
-    pairs = prepare_pairs(lists, classes=len(STRUCTURES) + 1, seed=args.seed, max_subjects=labels)
+    pairs = prepare_pairs(DatasetOptions(lists, classes=len(STRUCTURES) + 1, seed=args.seed, max_subjects=labels))
     budget = f"{args.minutes:g}min" if args.minutes else f"{args.iterations}it"
     folder = args.work_dir / f"{len(pairs['training'])}_{args.seed}_{budget}"
     for variable, part in (("nnUNet_raw", "raw"), ("nnUNet_preprocessed", "preprocessed"), ("nnUNet_results", "runs")):

@@ -32,7 +32,7 @@ HEADS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of heads/")
-    parser.add_argument("--output", type=Path, default=BUNDLE / "docs" / "other_heads.png")
+    parser.add_argument("--output", type=Path, default=BUNDLE.parent / "docs" / "images" / "other_heads.png")
     args = parser.parse_args()
     load = LoadImage(image_only=True, ensure_channel_first=True)
     samples = []

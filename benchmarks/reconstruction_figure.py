@@ -16,9 +16,9 @@ from _common import head_loader
 from matplotlib.image import imsave
 
 from sspformer.engines import PrepareMaskedBatch, Reconstruct
-from sspformer.networks import MaskedAutoencoder
+from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder
 from sspformer.pictures import figure_to_array, reconstruction_panel
-from sspformer.transforms import MaskSampler, NoiseSampler
+from sspformer.transforms import InverseFrequencyMask, NoiseSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,14 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output_dir of a pretraining run")
     parser.add_argument("--images", nargs="+", required=True, help="NIfTI files that the run was not trained on")
-    parser.add_argument("--output", default=str(ROOT / "bundle" / "docs" / "reconstruction.png"))
+    parser.add_argument("--output", default=str(ROOT / "docs" / "images" / "reconstruction.png"))
     parser.add_argument("--spacing", type=float, default=2.0, help="mm")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    network = MaskedAutoencoder().eval()
+    network = MaskedAutoencoder(SSPFormerEncoder()).eval()
     network.load_state_dict(torch.load(args.run / "models/checkpoint.pt", weights_only=True)["network"])
-    prepare = PrepareMaskedBatch(MaskSampler(8, beta=0.0), NoiseSampler(sigma=(0.02, 0.06)), seed=args.seed)
+    prepare = PrepareMaskedBatch(InverseFrequencyMask(8, beta=0.0), NoiseSampler(sigma=(0.02, 0.06)), seed=args.seed)
     reconstruct = Reconstruct(network)
 
     rows = []

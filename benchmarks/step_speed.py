@@ -18,9 +18,9 @@ Contenders:
 - ``MONAI fp32, fused attention`` and ``MONAI bf16, patched``: what MONAI could reach with small changes that its class
   does not offer: ``use_flash_attention`` in every block, and for bf16 a cast of the decoder's tokens to fp32 besides.
 
-Then what precedes a step, each as a share of our step: the masks (:class:`MaskSampler` at its defaults), the noise
-(:class:`NoiseSampler` at its defaults, with and without motion; the mean weighs them by ``motion_prob``), and the whole
-of :class:`PrepareMaskedBatch`. Shares are medians, with quartiles, of ratios within the same round.
+Then what precedes a step, each as a share of our step: the masks (:class:`InverseFrequencyMask` at its defaults), the
+noise (:class:`NoiseSampler` at its defaults, with and without motion; the mean weighs them by ``motion_prob``), and the
+whole of :class:`PrepareMaskedBatch`. Shares are medians, with quartiles, of ratios within the same round.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from torch import Tensor, nn
 
 from sspformer.engines import PrepareMaskedBatch
 from sspformer.losses import MaskedReconstructionLoss
-from sspformer.networks import SIZES, MaskedAutoencoder, patchify
-from sspformer.transforms import MaskSampler, NoiseSampler
+from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder, patchify
+from sspformer.transforms import InverseFrequencyMask, NoiseSampler
 
 OURS = ("ours fp32", "ours bf16")
 
@@ -68,9 +68,9 @@ def training_step(network: nn.Module, loss_of: Callable[[], Tensor]) -> Callable
 
 def our_step(args, image: Tensor, dtype: torch.dtype) -> tuple[Callable[[], None], nn.Module]:
     """A step of the masked autoencoder of this package, with a fixed mask."""
-    network = MaskedAutoencoder(size=args.size, patch_size=args.patch_size).to(image.device)
+    network = MaskedAutoencoder(SSPFormerEncoder(patch_size=args.patch_size, size=args.size)).to(image.device)
     loss_function = MaskedReconstructionLoss(args.patch_size)
-    indices, *_ = MaskSampler(args.patch_size, ratio=args.mask_ratio)(image)
+    indices = InverseFrequencyMask(args.patch_size, ratio=args.mask_ratio)(image)
     target = {"image": image, "mask": indices.mask, "keep": indices.keep}
 
     def loss_of() -> Tensor:
@@ -113,7 +113,7 @@ def batch_preparation(args, image: Tensor) -> dict[str, Callable[[], object]]:
     """The masks, the noise, and both as pretraining calls them."""
     generator = torch.Generator(image.device).manual_seed(0)
     spacing = torch.ones(image.shape[0], 3, device=image.device)
-    masks = MaskSampler(args.patch_size, ratio=args.mask_ratio)
+    masks = InverseFrequencyMask(args.patch_size, ratio=args.mask_ratio)
     batch = list_data_collate([{"image": MetaTensor(sample, affine=torch.eye(4))} for sample in image])
     calls: dict[str, Callable[[], object]] = {"masks": partial(masks, image, spacing, generator)}
     for name, prob in (("without motion", 0.0), ("with motion", 1.0)):

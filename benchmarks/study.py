@@ -1,4 +1,4 @@
-"""The study: does the pretraining help, and do its masks and its noise? Protocol and results: bundle/docs/STUDY.md.
+"""The study: does the pretraining help, and do its masks and its noise? Protocol and results: docs/study.md.
 
 Runs the bundle's own workflows, as users do, and says what it is doing; a complete run is not repeated, a killed one
 goes on where it stopped. A run is known by its folder, which has the arm, labels, steps and seed in its name: who
@@ -102,7 +102,7 @@ COMPARISONS = (
 )
 N_PRIMARY = 16  # the primary two, for 6 numbers of labels of segmentation, denoising and super-resolution
 SEEDS = (0, 1, 2)
-PAGE = ROOT / "bundle" / "docs" / "STUDY.md"  # of the tables and the picture of the report
+PAGE = ROOT / "docs" / "study.md"  # of the tables and the picture of the report
 TASKS = {
     # crops a step, steps, numbers of labelled subjects
     "brain_structures": {
@@ -161,7 +161,7 @@ ARTIFACTS = {
 }
 #: the scaling of the bundle, which a scan with an artifact goes through like any other
 RESCALING = {
-    "_target_": "sspformer.transforms.ScaleBetweenPercentilesd",
+    "_target_": "sspformer.transforms.ScaleByPercentilesd",
     "keys": "image",
     "lower": 0.5,
     "upper": 99.5,
@@ -645,7 +645,7 @@ def report(study: Study) -> None:
         summary = compare(clean, ["task", "n_labels"], N_PRIMARY)
         publish(summary, "study_segmentation_summary.csv")
         summaries += summary
-        plot_labels(clean, PAGE.with_name("study_labels.png"))
+        plot_labels(clean, PAGE.with_name("images") / "study_labels.png")
     if restored:
         write_csv(RESULTS / "study_restoration.csv", restored)
         every = mean_over(restored, "degradation", "gain", N_DEGRADATIONS)
@@ -723,7 +723,7 @@ def mean_over(rows: Sequence[dict], column: str, score: str, wanted: Mapping[str
 
 
 def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str, str]:
-    """The tables of bundle/docs/STUDY.md, in markdown, by their names there: a mean, the 95 % interval of a difference,
+    """The tables of docs/study.md, in markdown, by their names there: a mean, the 95 % interval of a difference,
     and in brackets the number of seeds where it is not three."""
     restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in LEVELS}}
     groups = {

@@ -1,7 +1,7 @@
 """Train the models that ship with the bundle, on the train splits of the manifest, and write them to bundle/models.
 
 One process a model, through the bundle's own workflows; a killed run goes on where it stopped. Test subjects are never
-trained on. The encoder comes first: the others start from it. Hours of each are in bundle/docs/README.md.
+trained on. The encoder comes first: the others start from it. Their training times are in docs/models.md.
 
     python benchmarks/train_models.py --data_dir ../shared/data
 """

@@ -14,7 +14,7 @@ import torch
 from sspformer.engines import EvaluationReport
 from sspformer.intensity import noise_level
 from sspformer.kspace import fourier_resample
-from sspformer.networks import MaskedAutoencoder
+from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder
 from sspformer.transforms import patch_energy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -36,7 +36,7 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def network() -> MaskedAutoencoder:
     torch.manual_seed(0)
-    return MaskedAutoencoder(dim=32, depth=1, num_heads=2, decoder_dim=24, decoder_depth=1, decoder_num_heads=1)
+    return MaskedAutoencoder(SSPFormerEncoder(dim=32, depth=1, num_heads=2), 24, 1, 1)
 
 
 def test_every_patch_is_hidden_once_or_twice_when_its_loss_is_measured(network, images, monkeypatch):
@@ -57,7 +57,7 @@ def test_the_hardest_patches_are_hidden_and_the_rest_is_drawn(network, images, m
     loss = torch.arange(64.0).repeat(2, 1)  # the last are the hardest
     monkeypatch.setattr(HardPatchSampler, "patch_loss", lambda *_: loss)
     sampler = HardPatchSampler(network, 8, ratio=0.75, beta=0.5, amp=False)
-    masks = [sampler(images, None, torch.Generator().manual_seed(seed))[0].to_map() for seed in range(40)]
+    masks = [sampler(images, None, torch.Generator().manual_seed(seed)).to_map() for seed in range(40)]
     often = torch.stack(masks).float().mean(dim=(0, 1))
     assert all(mask.sum(dim=1).tolist() == [48, 48] for mask in masks)
     assert (often[-24:] == 1).all()  # half of 48, all of them foreground here
@@ -66,8 +66,8 @@ def test_the_hardest_patches_are_hidden_and_the_rest_is_drawn(network, images, m
 
 def test_no_network_is_asked_while_the_share_is_zero(network, images, monkeypatch):
     monkeypatch.setattr(HardPatchSampler, "patch_loss", lambda *_: pytest.fail("measured for nothing"))
-    indices, energy, foreground = HardPatchSampler(network, 8, beta=0.0)(images, None, torch.Generator().manual_seed(0))
-    assert indices.mask.shape == (2, 48) and energy.shape == foreground.shape == (2, 64)
+    indices = HardPatchSampler(network, 8, beta=0.0)(images, None, torch.Generator().manual_seed(0))
+    assert indices.mask.shape == (2, 48) and indices.keep.shape == (2, 16)
 
 
 def test_intervals_are_as_wide_as_the_seeds_differ():

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -46,7 +47,7 @@ def simulate(
         local_epochs: of each site in a round.
         key_metric: of the sites' held-out scans: ``dice`` or ``psnr`` for fine-tuning; NVFlare keeps the global weights
             that it likes best as ``best_FL_global_model.pt``.
-        options: of the configs, for all sites: ``--batch_size 4``, ``--network_def#size small``, ...
+        options: of the configs, for all sites: ``--batch_size 4``, ``--encoder#size small``, ...
 
     Raises:
         ValueError: an option that the sites' own would replace, a folder twice, or an ``output_dir`` with a space.
@@ -79,7 +80,7 @@ def simulate(
     parser.update({"bundle_root": str(BUNDLE), **options})
     set_determinism(parser["seed"])
     torch.save(parser.get_parsed_content("network").cpu().state_dict(), output / "initial.pt")
-    of_network = {name: parser.get_parsed_content(f"network_def#{name}") for name in parser["network_def"]}
+    of_network = component(parser, "network_def")
 
     sites = {}
     for i, folder in enumerate(folders, start=1):
@@ -91,7 +92,7 @@ def simulate(
 
     recipe = FedAvgRecipe(
         name="sspformer",
-        model={"class_path": of_network.pop("_target_"), "args": of_network},
+        model=of_network,
         initial_ckpt=str(output / "initial.pt"),
         min_clients=len(sites),
         num_rounds=rounds,
@@ -109,6 +110,15 @@ def simulate(
         raise RuntimeError(f"the federation failed; what a site stumbled over stands in {', '.join(logs)}.") from None
     torch.save(written["model"], output / "global.pt")
     print(f"{rounds} rounds of {len(sites)} sites: {output / 'global.pt'}")
+
+
+def component(parser: ConfigParser, key: str) -> dict[str, Any]:
+    """An object of the configs as NVFlare builds it: its class and arguments, of which some are objects themselves."""
+    args = {}
+    for name, value in parser[key].items():
+        is_object = isinstance(value, str) and value.startswith("@") and "_target_" in parser[value[1:]]
+        args[name] = component(parser, value[1:]) if is_object else parser.get_parsed_content(f"{key}#{name}")
+    return {"class_path": args.pop("_target_"), "args": args}
 
 
 def listed(names: str | Sequence[str]) -> list[str]:

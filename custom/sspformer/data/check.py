@@ -1,31 +1,99 @@
-"""What makes a scan unusable: each is read once, to its end, and the result kept for the next run."""
+"""Whether a scan and its label map can be used: each file is read once, to its end."""
 
 from __future__ import annotations
 
 import gzip
-import json
-import logging
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from ..io.dicom_in import read_dicom
-from ..io.errors import Unusable, by, check_size, without_ones
-from ..io.files import digest, stats, write_atomically
+from ..io.errors import Unusable, by, check_size, reason_of, without_ones
+from .cache import CheckCache
+from .labels import integer_ranges
+from .options import DatasetOptions
+from .scan import Scan
 
-__all__ = ["Cache", "check_dicom", "check_header", "check_label", "check_nifti", "in_threads"]
+__all__ = ["check_dicom", "check_header", "check_label", "check_nifti", "check_scans"]
 
-logger = logging.getLogger("sspformer")
-
-CHECK_VERSION = 4  # raise it whenever the check below changes, so that results cached by an older one are not used
-
-
+MAX_SHIFT = 0.1  # of the grids of an image and its label map against each other, in voxels
 NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
+
+
+def check_scans(scans: Sequence[Scan], classes: set[int] | None, options: DatasetOptions, cache: CheckCache) -> None:
+    """Reads all scans, and gives each what was found out, or the reason why it is unusable.
+
+    Args:
+        scans: those with a reason are not read.
+        classes: values that label maps may hold; None: any.
+        options: see `DatasetOptions`.
+        cache: of the results.
+    """
+
+    def check(scan: Scan) -> None:
+        if not scan.reason:
+            problems = [*_check_image(scan, options, cache), *_check_label_map(scan, classes, cache)]
+            scan.reason = "; ".join(problems)
+
+    if scans:
+        thread_map(check, scans, max_workers=options.num_workers, desc="checking scans", disable=None)
+
+
+def _check_image(scan: Scan, options: DatasetOptions, cache: CheckCache) -> Iterator[str]:
+    """Keeps in the scan what its files hold, and says what is wrong with them."""
+    try:
+        scan.check = dict(cache.get(check_dicom if scan.series else check_nifti, scan.files, options.min_size))
+    except Exception as error:
+        yield reason_of(error)
+        return
+    if order := scan.check.get("order"):
+        scan.files = [scan.files[i] for i in order]
+    if volumes := scan.check.get("volumes"):
+        if scan.label_map:
+            yield f"4D ({len(volumes)} volumes), and a label map belongs to one volume"
+        chosen = np.linspace(0, len(volumes) - 1, min(options.max_volumes, len(volumes))).round().astype(int)
+        scan.volumes = [volumes[i] for i in chosen]
+
+
+def _check_label_map(scan: Scan, classes: set[int] | None, cache: CheckCache) -> Iterator[str]:
+    """Keeps in the scan what its label map holds, and says what is wrong with it."""
+    if not scan.label_map:
+        return
+    label = f"its label map {scan.label_path}"
+    if not os.path.lexists(scan.label_map):
+        yield f"{label} is missing"
+        return
+    try:
+        found = cache.get(check_label, scan.label_files)
+    except Exception as error:
+        yield f"{label}: {reason_of(error)}"
+        return
+    scan.check["values"] = values = {int(value): count for value, count in found["values"].items()}
+    if "shape" in scan.check:
+        yield from (f"{label} {problem}" for problem in _misfits(scan.check, found))
+    if classes is not None and (unknown := set(values) - classes):
+        hint = f"the classes are {integer_ranges(classes)}; others need --class_names and --network_def#out_channels"
+        yield f"{label} has unknown values {integer_ranges(unknown)} ({hint})"
+    if set(values) == {0}:
+        scan.note = "empty label map"
+
+
+def _misfits(image: dict, label: dict) -> Iterator[str]:
+    """How the grid of a label map differs from that of its image."""
+    if image["shape"] != label["shape"]:
+        yield f"has another shape: {by(label['shape'])}, the image {by(image['shape'])}"
+        return
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in image["shape"]))])
+    shift = np.linalg.norm(corners @ np.subtract(image["affine"], label["affine"])[:3].T, axis=1).max()
+    if shift > MAX_SHIFT * min(image["spacing"]):
+        axes = image["orientation"], label["orientation"]
+        turned = f", and its axes are {axes[1]}, the image's {axes[0]}" if axes[0] != axes[1] else ""
+        yield f"has another affine: it lies up to {shift:.3g} mm off the image{turned}"
 
 
 def check_nifti(files: list[Path], min_size: int) -> dict:
@@ -150,42 +218,3 @@ def _value_range(voxels: np.ndarray) -> tuple[float, float]:
             broken = np.count_nonzero(~np.isfinite(voxels.astype(np.float32)))
             raise Unusable(f"{broken} voxels are NaN or infinite")
     return float(low), float(high)
-
-
-class Cache:
-    """Results of earlier runs in a JSON file, by path, size, time and what was asked. Only usable results are kept."""
-
-    def __init__(self, file: Path | None) -> None:
-        self.file, self.old, self.new, self.saved = file, {}, {}, time.monotonic()
-        try:
-            stored = json.loads(file.read_text()) if file and file.exists() else {}
-            self.old = stored if isinstance(stored, dict) else {}
-        except (OSError, ValueError):
-            logger.warning(f"The cache {file} is corrupt and is ignored: every scan is read again.")
-
-    def get(self, function: Callable[..., dict], files: list[Path], *args) -> dict:
-        """`function(files, *args)`, from the cache if no file has changed."""
-        key = digest([function.__name__, CHECK_VERSION, stats(files), args])
-        result = self.old.get(key)
-        self.new[key] = result if isinstance(result, dict) else function(files, *args)
-        return self.new[key]
-
-    def save(self, every: float = 0.0) -> None:
-        """Writes the file, if the last time is more than `every` seconds ago."""
-        if self.file and time.monotonic() - self.saved >= every:
-            write_atomically(self.file, json.dumps(self.new.copy()))
-            self.saved = time.monotonic()
-
-
-def in_threads(function: Callable, things: Sequence, num_workers: int, cache: Cache, description: str) -> list:
-    """`[function(thing) for thing in things]` in threads, with progress on stderr; keeps the cache when stopped."""
-    pool = ThreadPoolExecutor(max(1, num_workers))
-    try:
-        results = []
-        for result in tqdm(pool.map(function, things), description, len(things), disable=None if things else True):
-            results.append(result)
-            cache.save(every=30)
-        return results
-    finally:
-        pool.shutdown(cancel_futures=True)
-        cache.save()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-from ..io.files import replacing
+from ..io.tables import write_csv
 from ..pictures import curves
 
 __all__ = ["History"]
@@ -93,7 +93,7 @@ class History:
                 "scans.csv; the checkpoint of the epoch before is kept."
             )
         self.rows.append(row)
-        self.write()
+        write_csv(self.path, self.rows)
         if self._validated_epoch == epoch or epoch == engine.state.max_epochs:
             self.draw()
         if self.writer is not None:
@@ -103,13 +103,6 @@ class History:
             self.writer.flush()
         message = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
         logger.info(f"epoch {epoch}/{engine.state.max_epochs}: {message}")
-
-    def write(self) -> None:
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with replacing(self.path) as part, part.open("w", newline="") as file:
-            table = csv.DictWriter(file, names, restval="")
-            table.writeheader()
-            table.writerows(self.rows)
 
     def draw(self) -> None:
         pictures = self.directory / "pictures"

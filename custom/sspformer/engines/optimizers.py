@@ -26,7 +26,7 @@ def layer_decay_groups(
     arXiv 2106.08254). Matrices and convolutions decay their weights; biases and norms do not.
 
     Args:
-        network: a dense network with an ``encoder``, or its parallel wrapper.
+        network: with an ``encoder`` (:class:`sspformer.networks.Encoder`), or its parallel wrapper.
         learning_rate: of the decoder, above 0.
         layer_decay: in (0, 1]; 1: one learning rate for all.
         weight_decay: of AdamW, at least 0.
@@ -37,17 +37,13 @@ def layer_decay_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 gives all layers one learning rate.")
     network = getattr(network, "module", network)
-    n_blocks = len(network.encoder.blocks)
+    encoder = network.encoder
+    layers = [encoder, *encoder.blocks, encoder.norm]  # a parameter is of the last one that has it
+    distances = [*range(len(encoder.blocks) + 1, 0, -1), 1]  # from the decoder
+    distance_of = {p: distance for layer, distance in zip(layers, distances, strict=True) for p in layer.parameters()}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        distance = 0  # from the decoder, in layers
-        if name.startswith("encoder.blocks."):
-            distance = n_blocks - int(name.split(".")[2])
-        elif name.startswith("encoder.norm."):
-            distance = 1
-        elif name.startswith("encoder."):
-            distance = n_blocks + 1
-        groups.setdefault((distance, parameter.ndim > 1), []).append(parameter)
+    for parameter in network.parameters():
+        groups.setdefault((distance_of.get(parameter, 0), parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kspace
 from ..options import is_null
-from ..transforms.masking import MaskSampler
+from ..transforms.masking import MaskIndices
 from ..transforms.noise import NoiseSampler
 
 __all__ = ["PrepareBatchOnDevice", "PrepareDegradedBatch", "PrepareMaskedBatch"]
@@ -57,23 +57,20 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
     The masks are drawn from the clean image, the network sees the noisy one.
 
     Args:
-        mask: draws the masks.
+        mask: a mask strategy, see :mod:`sspformer.transforms.masking`.
         noise: draws the noise; None, or "null" as a command line has it: the input is the clean image.
-        predict_visible: ask the network for the visible patches as well, for a loss with ``visible_weight`` above 0.
         image_key: entry of the batch, ``(B, C, *S)``, values in [0, 1]; spacing is read from it if it is a MetaTensor.
         seed: of the noise and the masks; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
     """
 
     def __init__(
         self,
-        mask: MaskSampler,
+        mask: Callable[[Tensor, Tensor, torch.Generator], MaskIndices],
         noise: NoiseSampler | None = None,
-        predict_visible: bool = False,
         image_key: str = "image",
         seed: int = 0,
     ) -> None:
         self.mask, self.noise = mask, None if is_null(noise) else noise
-        self.predict_visible = predict_visible
         super().__init__(image_key, seed)
 
     def __call__(
@@ -82,23 +79,13 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
         """The four parts that MONAI's engines take: noisy image, targets, no arguments, keyword arguments of the
         network.
 
-        The targets are ``image`` (clean), ``noisy``, ``mask`` and ``keep`` (indices), ``energy`` and ``foreground`` of
-        the patches, and ``spacing``.
+        The targets are ``image`` (clean), ``noisy``, ``mask`` and ``keep`` (indices), and ``spacing``.
         """
         image, spacing, generator = self.load(batchdata, device, non_blocking, **kwargs)
-        indices, energy, foreground = self.mask(image, spacing, generator)
+        indices = self.mask(image, spacing, generator)
         noisy = image if self.noise is None else self.noise(image, spacing, generator, self.R)
-        target = {
-            "image": image,
-            "noisy": noisy,
-            "mask": indices.mask,
-            "keep": indices.keep,
-            "energy": energy,
-            "foreground": foreground,
-            "spacing": spacing,
-        }
-        predict = torch.cat([indices.mask, indices.keep], dim=1) if self.predict_visible else indices.mask
-        return noisy, target, (), {"ids_keep": indices.keep, "ids_predict": predict}
+        target = {"image": image, "noisy": noisy, "mask": indices.mask, "keep": indices.keep, "spacing": spacing}
+        return noisy, target, (), {"ids_keep": indices.keep, "ids_predict": indices.mask}
 
 
 class PrepareDegradedBatch(PrepareBatchOnDevice):

@@ -1,10 +1,10 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
-from .grid import InvertArgmaxd, KeepAffined, argmax_on_grid
-from .intensity import LeaveQuietd, ScaleBetweenPercentilesd, ScaleByPercentiled
+from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
+from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
+    InverseFrequencyMask,
     MaskIndices,
-    MaskSampler,
     RandInverseFrequencyMask,
     RandInverseFrequencyMaskd,
     draw_mask,
@@ -29,7 +29,6 @@ from .resolution import (
     RandReducedResolution,
     RandReducedResolutiond,
     ResolutionSampler,
-    keep_measured,
     reduce_resolution,
 )
 from .seeded import SeededTransform, SeededTransformd
@@ -38,11 +37,11 @@ from .skull_stripping import RandSkullStripd
 __all__ = [
     "DataConsistencyd",
     "FourierResampled",
+    "InverseFrequencyMask",
     "InvertArgmaxd",
-    "KeepAffined",
-    "LeaveQuietd",
+    "KeepOnlyAffined",
+    "BlendByNoiseLeveld",
     "MaskIndices",
-    "MaskSampler",
     "NoiseSampler",
     "PhysiologicalMotion",
     "RandDownsampledCrop",
@@ -55,8 +54,7 @@ __all__ = [
     "RandReducedResolutiond",
     "RandSkullStripd",
     "ResolutionSampler",
-    "ScaleBetweenPercentilesd",
-    "ScaleByPercentiled",
+    "ScaleByPercentilesd",
     "SeededTransform",
     "SeededTransformd",
     "argmax_on_grid",
@@ -64,7 +62,6 @@ __all__ = [
     "frequency_weighted_noise",
     "high_frequency_map",
     "inverse_frequency_mask",
-    "keep_measured",
     "noise_weight",
     "patch_energy",
     "reduce_resolution",

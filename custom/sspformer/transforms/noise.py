@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.utils import convert_to_dst_type, convert_to_tensor, str2bool
+from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from .. import kspace
+from ..options import flag
 from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
@@ -199,7 +200,7 @@ class NoiseSampler:
         intensity_range: float | None = None,
         log_sigma: bool = False,
     ) -> None:
-        log_sigma = str2bool(log_sigma)  # a command line has words
+        log_sigma = flag(log_sigma)
         if log_sigma and min(np.atleast_1d(sigma)) <= 0:
             raise ValueError(f"log_sigma needs sigma above 0, got {sigma}.")
         if not 0 <= motion_prob <= 1:
