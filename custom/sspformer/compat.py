@@ -1,14 +1,22 @@
-"""What works around MONAI 1.6 and MONAI Label 0.8.5. Each item names the report upstream, or says why there is none.
+"""What works around MONAI 1.6 and MONAI Label 0.8.5, with the report upstream of each item, or why there is none.
 
-Some classes elsewhere override methods of MONAI that begin with an underscore. These are no workarounds: MONAI asks
-subclasses to override them, or offers no other way.
+Elsewhere, classes of ours override methods of MONAI whose names begin with an underscore. All but one of these methods
+are abstract, or documented as what subclasses implement.
 
-- ``IterationMetric._compute_tensor`` and ``RegressionMetric._compute_metric`` (:mod:`sspformer.metrics`) are abstract;
-  each subclass has its own. :class:`sspformer.metrics.HausdorffDistance95` also gives infinity for a structure that was
-  missed, where MONAI gives nan: https://github.com/Project-MONAI/MONAI/issues/9095.
-- ``Workflow._iteration`` (:class:`sspformer.engines.InferenceEvaluator`) is abstract, too: "Need subclass to implement
-  different logics". MONAI's engines end at the first error; ``InferenceEvaluator`` reports the scan and goes on.
-- ``PersistentDataset._cachecheck`` (:class:`sspformer.data.CachedDataset`) is what MONAI's own subclasses override.
+- ``_compute_tensor`` and ``_compute_metric`` of metrics (:mod:`sspformer.metrics`).
+  :class:`sspformer.metrics.HausdorffDistance95` gives infinity for a structure that was missed, where MONAI gives nan
+  (https://github.com/Project-MONAI/MONAI/issues/9095).
+- ``Workflow._iteration`` (:class:`sspformer.engines.InferenceEvaluator`). An engine ends at the first error, as it
+  should; a batch of scans goes on.
+- ``PersistentDataset._cachecheck`` (:class:`sspformer.data.CachedDataset`), which MONAI's own subclasses override, too.
+  MONAI moves files from the temporary folder, which copies them between file systems
+  (https://github.com/Project-MONAI/MONAI/issues/2146), and recognises one error of a damaged file
+  (https://github.com/Project-MONAI/MONAI/pull/7244).
+
+Two handlers and the inferers do more than MONAI's: :class:`sspformer.engines.LoadCheckpoint` restores the epoch as well
+(proposed in https://github.com/Project-MONAI/MONAI/pull/6687), :class:`sspformer.engines.SaveCheckpoint` writes
+atomically (we know of no proposal), and the inferers use bfloat16, also on CPUs
+(https://github.com/Project-MONAI/MONAI/issues/4116).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .history import History
 from .inference import InferenceDataset, InferenceEvaluator, InferenceReport, ResultWriter, ScansFailed, mark_done
 from .inferers import AutocastInferer, AutocastSlidingWindowInferer, fast_bfloat16
 from .optimizers import layer_decay_groups, weight_decay_groups
-from .panels import ReconstructionPanel, RestorationPanel, SavePNGd, SegmentationPanel
+from .panels import Panel, ReconstructionPanel, RestorationPanel, SavePNGd, SegmentationPanel
 from .postprocessing import Reconstruct, unpack_targets
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
@@ -32,6 +32,7 @@ __all__ = [
     "InferenceEvaluator",
     "InferenceReport",
     "LoadCheckpoint",
+    "Panel",
     "PrepareBatchOnDevice",
     "PrepareDegradedBatch",
     "PrepareMaskedBatch",

@@ -49,7 +49,7 @@ class LoadCheckpoint(CheckpointLoader):
 
 
 def _every_and_last(interval: int) -> CallableEventWithFilter:
-    """The end of every so many epochs, and of the last one whatever the interval."""
+    """The event at the end of each ``interval``-th epoch and of the last one."""
     return Events.EPOCH_COMPLETED(
         event_filter=lambda engine, epoch: epoch % interval == 0 or epoch == engine.state.max_epochs
     )
@@ -75,12 +75,12 @@ class SaveCheckpoint:
 
     def __call__(self, engine: Engine) -> None:
         objects = {**self.save_dict, "trainer": engine}
-        # without a parallel wrapper, so that one process can go on from what several wrote, and the other way round
+        # without parallel wrappers, so that the number of processes may change when a run goes on
         save_atomically({name: getattr(obj, "module", obj).state_dict() for name, obj in objects.items()}, self.path)
 
 
 class SaveEncoder:
-    """Write the encoder alone, a plain state dict that loads with ``weights_only=True``, as often as checkpoints.
+    """Write the plain state dict of the encoder, which loads with ``weights_only=True``.
 
     Args:
         network: the masked autoencoder.
@@ -93,7 +93,7 @@ class SaveEncoder:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
-        engine.add_event_handler(Events.COMPLETED, self)  # also of a run that was complete when it was resumed
+        engine.add_event_handler(Events.COMPLETED, self)  # also for a run that was already complete
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.iteration > 0:
@@ -101,15 +101,15 @@ class SaveEncoder:
 
 
 class SaveBestModel:
-    """Write the network's plain state dict when a validation is the best so far.
+    """Write the plain state dict of the network after the best validation so far.
 
-    For the evaluator; where nothing is held out for validation, for the trainer, whose end it then waits for. Of equal
-    values the later counts; a value that is not finite, as of labels that no validation scan has, counts as none, and
-    as long as there are no others the last weights are kept. Its own state, the best value, belongs into the
-    checkpoint.
+    The handler is for the evaluator. Without validation scans it is for the trainer, and writes at its end. The later
+    of two equal values is the better one. A value that is not finite, as of labels that no validation scan has, does
+    not count; until there is a finite one, the last weights are kept. The best value is the handler's state, which
+    belongs into the checkpoint.
 
     Args:
-        network: whose weights.
+        network: whose weights are written.
         path: of the file, usually ``models/model.pt``.
     """
 
@@ -139,7 +139,7 @@ class SaveBestModel:
 
 
 def save_network(network: torch.nn.Module, path: str | os.PathLike) -> None:
-    """The plain state dict of a network, without the prefix of a parallel wrapper, on the CPU, atomically."""
+    """Write the plain state dict of a network, on the CPU, without the prefix of a parallel wrapper."""
     state = getattr(network, "module", network).state_dict()
     save_atomically({name: value.detach().cpu() for name, value in state.items()}, path)
 

@@ -1,4 +1,4 @@
-"""Entries of a config that do not fit each other, found before any data are read."""
+"""Checks of settings, before any data are read."""
 
 from __future__ import annotations
 

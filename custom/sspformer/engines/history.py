@@ -1,4 +1,4 @@
-"""One row an epoch, and curves."""
+"""The history of a training: a table and curves."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger("sspformer")
 
 
 class History:
-    """One row an epoch in ``history.csv``, and curves of it in ``pictures/curves.png``.
+    """Writes one row for each epoch to ``history.csv``, and its curves to ``pictures/curves.png``; for the trainer.
 
-    The training loss is summed on the device and read once an epoch. A resumed run drops the rows of epochs that it
-    repeats.
+    The training loss is summed on the device and read once in each epoch. A resumed run drops the rows of the epochs
+    that it repeats.
 
     Args:
         output_dir: where the files go.
-        evaluator: whose metrics join the row, if it ran in this epoch.
+        evaluator: its metrics join the row of an epoch in which it ran.
         attributes: name to function without arguments, for more columns (learning rate, beta).
         summary_writer: TensorBoard writer that gets the columns as scalars too, or None.
     """
@@ -74,7 +74,7 @@ class History:
         loss = engine.state.output["loss"].detach()
         self._loss = self._loss + loss
         self._batches += 1
-        engine.state.output = [{"loss": loss}]  # where MONAI's handlers (MLflow, statistics) look for it, undecollated
+        engine.state.output = [{"loss": loss}]  # as MONAI's handlers (MLflow, statistics) expect it
 
     def validated(self, evaluator: Engine, trainer: Engine) -> None:
         self._validated_epoch = trainer.state.epoch
@@ -90,7 +90,7 @@ class History:
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} in epoch {epoch}: lower the learning rate, or look at the scans of this run in "
-                "scans.csv; the checkpoint of the epoch before is kept."
+                "scans.csv; the checkpoint of the previous epoch is kept."
             )
         self.rows.append(row)
         write_csv(self.path, self.rows)

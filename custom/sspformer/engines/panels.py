@@ -1,4 +1,4 @@
-"""Pictures of a run: handlers and a transform that draw them."""
+"""Handlers and a transform that draw pictures of a run."""
 
 from __future__ import annotations
 
@@ -19,39 +19,9 @@ from ..pictures import figure_to_array, reconstruction_panel, restoration_panel,
 from ..transforms.masking import MaskIndices
 from .report import names_of, samples_of
 
-__all__ = ["ReconstructionPanel", "RestorationPanel", "SavePNGd", "SegmentationPanel"]
+__all__ = ["Panel", "ReconstructionPanel", "RestorationPanel", "SavePNGd", "SegmentationPanel"]
 
 logger = logging.getLogger("sspformer")
-
-
-class ReconstructionPanel:
-    """A PNG panel a validation, ``pictures/epoch_0010.png``, and the same picture in TensorBoard; for the evaluator.
-
-    Args:
-        output_dir: the panels go to its ``pictures``.
-        n_images: rows at the most, taken from the first batch.
-        mask: the mask strategy of the training, to show a mask of it as well; or None.
-        summary_writer: TensorBoard writer, or None.
-    """
-
-    def __init__(
-        self, output_dir: str, n_images: int = 4, mask: Callable[..., MaskIndices] | None = None, summary_writer=None
-    ) -> None:
-        self.directory = Path(output_dir) / "pictures"
-        self.n_images = n_images
-        self.mask = mask
-        self.writer = summary_writer
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
-
-    def __call__(self, engine: Engine) -> None:
-        epoch = engine.state.epoch  # MONAI's ValidationHandler hands over the trainer's
-        figure = reconstruction_panel(engine.state.output, self.n_images, engine.state.batch.get("name"), self.mask)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.directory / f"epoch_{epoch:04d}.png", dpi=100)
-        if self.writer is not None:
-            self.writer.add_image("reconstruction", figure_to_array(figure), epoch, dataformats="HWC")
 
 
 class SavePNGd(MapTransform):
@@ -91,16 +61,24 @@ class SavePNGd(MapTransform):
         figure.savefig(self.path_of(item), dpi=100)
 
 
-class _Panel:
-    """Keeps the first samples of an evaluation and draws them at its end."""
+class Panel:
+    """Draws the first samples of an evaluation: a PNG and a picture in TensorBoard. For the evaluator.
 
-    tag: str
+    Args:
+        output_dir: gets ``pictures/epoch_0010.png``.
+        n_images: largest number of samples.
+        separate: one file for each sample, ``pictures/<name>.png``, instead of one for all.
+        summary_writer: TensorBoard writer, or None.
+    """
+
+    tag: str  # in TensorBoard
 
     def __init__(self, output_dir: str, n_images: int = 2, separate: bool = False, summary_writer=None) -> None:
         self.directory = Path(output_dir) / "pictures"
         self.n_images, self.separate, self.writer = n_images, separate, summary_writer
 
     def figure(self, samples: Sequence[Mapping]) -> Figure:
+        """The panel of samples with ``image``, ``label``, ``pred`` and ``name``."""
         raise NotImplementedError
 
     def attach(self, engine: Engine) -> None:
@@ -112,8 +90,10 @@ class _Panel:
         self._samples: list[dict] = []
 
     def collect(self, engine: Engine) -> None:
-        items = samples_of(engine.state.batch)
-        for output, item, name in zip(samples_of(engine.state.output), items, names_of(items)):
+        if len(self._samples) >= self.n_images:
+            return
+        batch = engine.state.batch
+        for output, item, name in zip(samples_of(engine.state.output), samples_of(batch), names_of(batch)):
             if len(self._samples) < self.n_images:
                 sample = {**{key: output.get(key) for key in ("image", "label", "pred")}, "name": name}
                 if not isinstance(sample["image"], MetaTensor) and isinstance(item["image"], MetaTensor):
@@ -124,30 +104,51 @@ class _Panel:
                     self._samples[-1] = {}
 
     def __call__(self, engine: Engine) -> None:
-        if self.separate or not self._samples:
-            return
-        epoch = engine.state.epoch  # MONAI's ValidationHandler hands over the trainer's
-        figure = self.figure(self._samples)
+        if self._samples and not self.separate:
+            self._publish(self.figure(self._samples), engine)
+        self._samples = []
+
+    def _publish(self, figure: Figure, engine: Engine) -> None:
+        epoch = engine.state.epoch  # the trainer's, which MONAI's ValidationHandler hands over
         self._save(figure, f"epoch_{epoch:04d}")
         if self.writer is not None:
             self.writer.add_image(self.tag, figure_to_array(figure), epoch, dataformats="HWC")
-        self._samples = []
 
     def _save(self, figure: Figure, name: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.directory / f"{name}.png", dpi=100)
 
 
-class SegmentationPanel(_Panel):
-    """True and predicted labels of the first samples, a PNG an evaluation, ``pictures/epoch_0010.png``, and the same
-    picture in TensorBoard; for the evaluator.
+class ReconstructionPanel(Panel):
+    """Masks and reconstructions of the first batch of a validation, see :class:`Panel`.
 
     Args:
-        output_dir: the pictures go to its ``pictures``.
+        output_dir, n_images, summary_writer: as of :class:`Panel`.
+        mask: the mask strategy of the training, to show a mask of it as well; or None.
+    """
+
+    tag = "reconstruction"
+
+    def __init__(
+        self, output_dir: str, n_images: int = 4, mask: Callable[..., MaskIndices] | None = None, summary_writer=None
+    ) -> None:
+        super().__init__(output_dir, n_images, summary_writer=summary_writer)
+        self.mask = mask
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
+
+    def __call__(self, engine: Engine) -> None:
+        names = engine.state.batch.get("name")
+        self._publish(reconstruction_panel(engine.state.output, self.n_images, names, self.mask), engine)
+
+
+class SegmentationPanel(Panel):
+    """True and predicted labels, see :class:`Panel`.
+
+    Args:
+        output_dir, n_images, separate, summary_writer: as of :class:`Panel`.
         class_names: of the labels from 1 on; None: their numbers.
-        n_images: samples at the most.
-        separate: a file for each sample, ``pictures/<name>.png``, instead of one for all.
-        summary_writer: TensorBoard writer, or None.
     """
 
     tag = "segmentation"
@@ -167,12 +168,8 @@ class SegmentationPanel(_Panel):
         return segmentation_panel(samples, self.class_names)
 
 
-class RestorationPanel(_Panel):
-    """Scans before and after, the truth and the errors of the first samples, a PNG an evaluation; for the evaluator.
-
-    Args:
-        output_dir, n_images, separate, summary_writer: as of :class:`SegmentationPanel`.
-    """
+class RestorationPanel(Panel):
+    """Scans before and after, the truth and the errors, see :class:`Panel`."""
 
     tag = "restoration"
 

@@ -14,19 +14,25 @@ from .files import write_atomically
 __all__ = ["format_table", "write_csv"]
 
 
-def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+def write_csv(
+    path: str | os.PathLike,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None = None,
+    line_end: str = "\r\n",
+) -> None:
     """Writes rows as CSV; a reader sees the old file or the new one, never half of one.
 
     Args:
         path: the file.
         rows: a mapping each; a missing column is an empty cell.
         columns: their order. None: that in which the rows name them.
+        line_end: of every line.
 
     Raises:
         ValueError: when a row has a column that is not in ``columns``.
     """
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, _columns(rows) if columns is None else columns, restval="")
+    table = csv.DictWriter(text, _columns(rows) if columns is None else columns, restval="", lineterminator=line_end)
     table.writeheader()
     table.writerows(rows)
     write_atomically(Path(path), text.getvalue())

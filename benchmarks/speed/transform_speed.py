@@ -1,17 +1,17 @@
 """Time of the noise transform on a whole volume, against the k-space transforms of MONAI and TorchIO, on the CPU.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/transform_speed.py
+    python -m benchmarks.speed.transform_speed
 
 Each contender is called as a user calls it, at its defaults, always applied (``prob=1``), on one float32 volume of
-128 x 128 x 128 voxels: a MetaTensor for ours and MONAI's, a ScalarImage for TorchIO's (whose transforms copy it first).
-They do not compute the same: ours adds periodic motion, thermal noise or both (``RandFrequencyWeightedNoise``); its
-motion alone is the like of the others, which draw no noise. MONAI's cut off high frequencies (``RandGibbsNoise``) or
-add a spike (``RandKSpaceSpikeNoise``; ``KSpaceSpikeNoise`` does the work), TorchIO's dampen every n-th plane of k-space
-(``RandomGhosting``) or compose k-space of a few poses (``RandomMotion``, which resamples the volume by SimpleITK). The
-comparison says what a data loader pays for each.
+128 x 128 x 128 voxels: a MetaTensor for ours and MONAI's, a ScalarImage for TorchIO's, whose transforms copy it first.
+They do not compute the same. Ours adds periodic motion, thermal noise or both (``RandFrequencyWeightedNoise``); the
+others draw no noise, so our motion alone compares with them. MONAI's cut off high frequencies (``RandGibbsNoise``) or
+add a spike (``RandKSpaceSpikeNoise``). TorchIO's dampen every n-th plane of k-space (``RandomGhosting``) or compose
+k-space of a few poses (``RandomMotion``, which resamples the volume with SimpleITK). The comparison says what a data
+loader pays for each.
 
-Once for every number of threads (``--threads``): of PyTorch, and of SimpleITK, which has its own.
+``--threads`` sets PyTorch's threads and those of SimpleITK, which has its own; the script repeats for each number.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from collections.abc import Callable
 import SimpleITK
 import torch
 import torchio
-from _common import (
-    argument_parser,
-    facts,
-    print_table,
-    quartiles,
-    range_text,
-    time_alternating,
-    warn_if_busy,
-    write_csv,
-)
 from monai.data import MetaTensor
 from monai.transforms import RandGibbsNoise, RandKSpaceSpikeNoise
 
+from benchmarks.common import (
+    RESULTS,
+    add_rounds,
+    argument_parser,
+    facts,
+    quartiles,
+    range_text,
+    save_csv,
+    time_alternating,
+    warn_if_busy,
+)
+from sspformer.io import format_table
 from sspformer.transforms import RandFrequencyWeightedNoise
 
 REFERENCE = "ours, motion alone"
@@ -60,7 +62,8 @@ def make_contenders(size: int) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, "transform_speed", rounds=30)
+    parser = argument_parser(__doc__, RESULTS / "transform_speed.csv")
+    add_rounds(parser, 30)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
     parser.add_argument("--size", type=int, default=128, help="voxels of a side (default: %(default)s)")
     args = parser.parse_args()
@@ -78,19 +81,17 @@ def main() -> None:
             row |= quartiles(values, "seconds", 6) | quartiles(values / seconds[REFERENCE], "over_ours_motion", 4)
             rows.append(row | facts(packages=["torchio", "SimpleITK", "numpy"]))
 
-    print_table(
-        ["median [quartiles]", "threads", "ms", f"over {REFERENCE}"],
-        [
-            [
-                row["contender"],
-                row["threads"],
-                range_text(row, "seconds", 1000, 1),
-                range_text(row, "over_ours_motion"),
-            ]
-            for row in rows
-        ],
-    )
-    write_csv(args.output, rows)
+    table = [
+        {
+            "median [quartiles]": row["contender"],
+            "threads": row["threads"],
+            "ms": range_text(row, "seconds", 1000, 1),
+            f"over {REFERENCE}": range_text(row, "over_ours_motion"),
+        }
+        for row in rows
+    ]
+    print(f"\n{format_table(table)}")
+    save_csv(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
 """Pictures of the method on one head: the high-frequency map, masks by beta, and the noise.
 
-    python benchmarks/method_figure.py --image ../shared/data/heads/ds000011_sub-02_T1.nii.gz
+    python -m benchmarks.figures.method_figure --image data/heads/ds000011_sub-02_T1.nii.gz
 
-Without ``--image``, the first subject of the demonstration data.
+The default is the first subject of the demonstration data.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import matplotlib
 import numpy as np
 import torch
-from _common import head_loader
 from matplotlib.figure import Figure
 
+from benchmarks.common import BUNDLE, argument_parser, head_loader, save_figure
 from sspformer.demo import make_demo_dataset
 from sspformer.pictures import axial_slice
 from sspformer.transforms import (
@@ -27,18 +24,16 @@ from sspformer.transforms import (
     voxel_mask,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 PATCH = (8, 8, 8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, BUNDLE / "docs" / "method.png")
     parser.add_argument("--image", help="a NIfTI file")
-    parser.add_argument("--output", default=str(ROOT / "bundle" / "docs" / "method.png"))
     parser.add_argument("--slice", type=float, default=0.62, help="axial slice, as a share of the height")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    image = args.image or make_demo_dataset(ROOT / "bundle" / "demo_data") + "/images/demo_01.nii.gz"
+    image = args.image or make_demo_dataset(BUNDLE / "demo_data") + "/images/demo_01.nii.gz"
 
     batch = next(iter(head_loader([image], 1.5)))
     spacing = torch.tensor([[1.5, 1.5, 1.5]])
@@ -75,7 +70,7 @@ def main() -> None:
         axis.imshow(volume, cmap="magma" if kind == "magma" else gray, vmin=0, vmax=top or np.quantile(volume, 0.99))
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    figure.savefig(args.output, dpi=90)
+    save_figure(figure, args.output, dpi=90)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,52 @@
 """Reconstruction error after equal steps, and after equal time, of SSPFormer's masked autoencoder and MONAI's.
 
-    python benchmarks/equal_loss.py --dataset_dir DIR --datalist manifest.csv
+    python -m benchmarks.study.equal_loss --data data
 
-The networks (see ``step_speed.py`` for what differs) train from their own initialisation with the same optimiser
-(AdamW, warm-up and cosine, gradients clipped) on the same crops of real images with the same masks, step by step in
-turn, and are measured on the same validation crops with the same masks. MONAI's network draws its masks itself; here it
-is handed ours (``MonaiMaskedAutoencoder._masking``), which are uniform, so that the networks are all that differs.
-MONAI's comes twice: with learnable position embeddings, at our widths, and with its default sin-cos embedding, for
-which the width must be 252 instead of 256. Neither design sees noise, which MONAI's pretraining does not have. Error:
-mean squared error of the masked patches, intensities scaled to [0, 1] by the 99.5th percentile of each scan. "visible
-mean" is the error of a network that has learned nothing: every masked voxel predicted as the mean of its crop's visible
-ones. The clock of each network runs in its training steps only. One seed fixes initialisation, crops and masks.
+The networks (``benchmarks.speed.step_speed`` says how they differ) train from their own initialisation, step by step in
+turn, on the same crops of real images with the same masks and the same optimiser (AdamW, warm-up and cosine, clipped
+gradients). Validation uses the same crops and masks for all. MONAI's network draws its own masks; here it gets ours
+(``MonaiMaskedAutoencoder._masking``), which are uniform, so that only the networks differ. MONAI's comes twice: with
+learnable position embeddings at our widths, and with its default sin-cos embedding, for which the width must be 252
+instead of 256. Neither sees noise, which MONAI's pretraining does not have.
 
-Data: ``--datalist`` is a CSV file with columns ``file`` (relative to it) and ``split`` (train, val), of which the files
-in ``--dataset_dir`` are used; without it the folder is searched and split by subject; without either, the demonstration
-dataset is built (a dozen variations of one brain: good to see the script run, not to conclude from).
+The error is the mean squared error of masked patches, intensities in [0, 1] up to the 99.5th percentile of each scan.
+"visible mean" predicts every masked voxel as the mean of its crop's visible ones: a network that has learned nothing.
+The clock of each network runs in its training steps only. One seed fixes initialisation, crops and masks.
+
+Scans are the T1 heads of IXI in the train and val splits.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from _common import (
-    MonaiMaskedAutoencoder,
-    add_device_arguments,
-    argument_parser,
-    facts,
-    monai_loss,
-    parameters,
-    prepare_machine,
-    print_table,
-    stopwatch,
-    write_csv,
-)
 from torch import Tensor, nn
 
-from sspformer.data import DatasetOptions, prepare_datalist
-from sspformer.io import LoadScand
+from benchmarks.common import (
+    RESULTS,
+    add_device,
+    argument_parser,
+    facts,
+    parameters,
+    prepare_machine,
+    save_csv,
+    save_figure,
+    scans,
+    stopwatch,
+)
+from benchmarks.peers import MonaiMaskedAutoencoder, monai_loss
+from sspformer.io import LoadScand, format_table
 from sspformer.losses import MaskedReconstructionLoss
 from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder, gather_tokens, patchify
 from sspformer.transforms import MaskIndices, draw_mask
 
 MONAI = ("MONAI learnable", "MONAI sin-cos")
 NETWORKS = ("ours", "ours bf16", *MONAI)
+IXI = "brain_structures/images"
 N_VAL_CROPS = 4  # of each validation scan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,27 +54,11 @@ N_VAL_CROPS = 4  # of each validation scan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_scans(dataset_dir: Path | None, datalist: Path | None) -> tuple[list, list]:
-    """Training and validation scans, as :class:`LoadScand` reads them."""
-    if datalist is not None:
-        with datalist.open(newline="", encoding="utf-8") as file:
-            rows = [(datalist.parent / row["file"], row["split"]) for row in csv.DictReader(file)]
-        folder = (dataset_dir or datalist.parent).resolve()
-        rows = [(path, split) for path, split in rows if folder in path.resolve().parents]
-        return tuple([str(path) for path, split in rows if split == wanted] for wanted in ("train", "val"))
-    if dataset_dir is None:
-        from sspformer.demo import make_demo_dataset
-
-        dataset_dir = Path(make_demo_dataset(Path(tempfile.gettempdir(), "sspformer_demo")))
-    items = prepare_datalist(DatasetOptions(dataset_dir, val_fraction=0.2))
-    return tuple([item["image"] for item in items[split]] for split in ("training", "validation"))
-
-
-def load(scans: Sequence, crop_size: int) -> list[Tensor]:
-    """Volumes ``(1, *S)`` scaled to [0, 1], zeros added where a side is shorter than a crop."""
+def load(rows: Sequence[dict], crop_size: int) -> list[Tensor]:
+    """Volumes ``(1, *S)`` in [0, 1], padded with zeros where a side is shorter than a crop."""
     loader, volumes = LoadScand("image"), []
-    for scan in scans:
-        volume = loader({"image": scan})["image"].as_tensor()
+    for row in rows:
+        volume = loader({"image": row["image"]})["image"].as_tensor()
         volume = (volume / np.percentile(volume, 99.5)).clamp(0, 1)
         short = [max(crop_size - side, 0) for side in volume.shape[1:]]
         volumes.append(nn.functional.pad(volume, [p for n in reversed(short) for p in (n // 2, n - n // 2)]))
@@ -218,13 +200,11 @@ def seconds_to_reach(curve: Sequence[dict], error: float) -> float:
 
 
 def plot(path: Path, rows: Sequence[dict], baseline: float) -> None:
-    """Error by step, and by time."""
-    import matplotlib
+    """Draw the error by step and by time."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(row["network"] for row in rows))
     for panel, key, label in zip(panels, ("step", "train_seconds"), ("step", "training time, s"), strict=True):
         for i, name in enumerate(names):
@@ -237,15 +217,12 @@ def plot(path: Path, rows: Sequence[dict], baseline: float) -> None:
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("validation error of masked patches (MSE)")
     panels[0].legend()
-    figure.savefig(path, dpi=130)
-    print(f"written to {path}")
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, "equal_loss")
-    add_device_arguments(parser)
-    parser.add_argument("--dataset_dir", type=Path, help="folder of scans (default: the demonstration dataset)")
-    parser.add_argument("--datalist", type=Path, help="CSV file with columns file and split")
+    parser = argument_parser(__doc__, RESULTS / "equal_loss.csv", data=True)
+    add_device(parser)
     parser.add_argument("--n_train", type=int, default=40, help="first training scans to use (default: %(default)s)")
     parser.add_argument("--n_val", type=int, default=8, help="first validation scans to use (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
@@ -263,10 +240,10 @@ def main() -> None:
         parser.error(f"--crop_size {args.crop_size} must be a multiple of --patch_size {args.patch_size}")
     prepare_machine(parser, args)
 
-    train_scans, val_scans = find_scans(args.dataset_dir, args.datalist)
-    train_scans, val_scans = train_scans[: args.n_train], val_scans[: args.n_val]
+    train_scans = scans(args.data, "train", IXI)[: args.n_train]
+    val_scans = scans(args.data, "val", IXI)[: args.n_val]
     if not train_scans or not val_scans:
-        parser.error(f"found {len(train_scans)} training and {len(val_scans)} validation scans; need both")
+        parser.error(f"{args.data} has {len(train_scans)} training and {len(val_scans)} validation heads; need both")
     print(f"{len(train_scans)} training scans, {len(val_scans)} validation scans")
     train = load(train_scans, args.crop_size)
     n_tokens, random_state = (args.crop_size // args.patch_size) ** 3, np.random.RandomState(12345)
@@ -293,12 +270,14 @@ def main() -> None:
     for name in args.networks:
         last = [row for row in rows if row["network"] == name and row["step"] == args.steps]
         errors, seconds = [row["val_masked_mse"] for row in last], [row["train_seconds"] for row in last]
-        line = [name, f"{np.mean(errors):.5f}", f"{min(errors):.5f} to {max(errors):.5f}", f"{np.mean(seconds):.1f}"]
-        line.append(", ".join(f"{s:.1f}" for s in times_to_monai(name, rows, args)))
-        summary.append(line)
-    header = ["network", "mean error", "range over seeds", "s in training", "s until MONAI's best last error, by seed"]
-    print_table(header, [*summary, ["visible mean", f"{baseline:.5f}", "", "", ""]])
-    write_csv(args.output, [row | setting for row in rows])
+        line = {"network": name, "mean error": f"{np.mean(errors):.5f}"}
+        line |= {"range over seeds": f"{min(errors):.5f} to {max(errors):.5f}"}
+        line |= {"s in training": f"{np.mean(seconds):.1f}"}
+        times = ", ".join(f"{s:.1f}" for s in times_to_monai(name, rows, args))
+        summary.append(line | {"s until MONAI's best last error, by seed": times})
+    summary.append({"network": "visible mean", "mean error": f"{baseline:.5f}"})
+    print(f"\n{format_table(summary)}")
+    save_csv(args.output, [row | setting for row in rows])
     plot(args.output.with_suffix(".png"), rows, baseline)
 
 

@@ -1,14 +1,14 @@
-"""What the weights that ship make of the MNI152 brain: figures that anyone can recompute, and a picture.
+"""The weights that ship on the MNI152 brain: scores that anyone can recompute, and a picture.
 
-    python benchmarks/mni152.py
+    python -m benchmarks.figures.mni152
 
-The nilearn package carries this average of 152 heads with maps of its grey and white matter, so no data are needed.
-Nobody is trained on it. It is sharper in the mean than a scan and without noise: these figures tell whether the weights
-work here as they did where they were published (``tests/test_weights.py`` compares), not how well they do on scans.
+The nilearn package has this average of 152 people with maps of its grey and white matter, so the script needs no data.
+No training has seen it. Unlike a scan it has no noise. So these scores tell whether the weights work here as they did
+where they were published (``tests/test_weights.py`` compares), and not how well they do on scans.
 
 - ``model.pt``: Dice of the structures that are grey matter, and of those that are white matter, against the maps
-  (above 0.5);
-- ``denoising/model.pt``: gain in PSNR of a central region with 9 % Rician noise, dB;
+  (above 0.5).
+- ``denoising/model.pt``: gain in PSNR of a central region with 9 % Rician noise, dB.
 - ``super_resolution/model.pt``: gain in PSNR over zero-filling of that region at half the resolution of all axes, dB.
 """
 
@@ -20,14 +20,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from _common import RESULTS, facts, print_table, write_csv
-from _restoration import BUNDLE, bundle_config, load_weights, restore
-from monai.bundle import create_workflow
 from monai.metrics import PSNRMetric, compute_dice
 from torch import Tensor
 
+from benchmarks.common import BUNDLE, IMAGES, RESULTS, facts, save_csv, segment
+from benchmarks.restoration.evaluation import bundle_config, load_weights, restore
 from sspformer.data import class_names
 from sspformer.demo import make_demo_head
+from sspformer.io import format_table
 from sspformer.kspace import data_consistency, fourier_resample
 from sspformer.transforms import frequency_weighted_noise
 
@@ -41,16 +41,7 @@ def segmentation(folder: Path) -> list[dict]:
     """Dice of grey and white matter, as rows, from the bundle's own inference with its defaults."""
     from nilearn import datasets
 
-    workflow = create_workflow(
-        config_file=str(BUNDLE / "configs" / "inference.json"),
-        workflow_type="infer",
-        bundle_root=str(BUNDLE),
-        dataset_dir=make_demo_head(folder / "head"),
-        output_dir=str(folder / "out"),
-        pictures=True,
-    )
-    workflow.run()
-    workflow.finalize()
+    segment(make_demo_head(folder / "head"), folder / "out", pictures=True)
     labels = next((folder / "out").rglob("*_seg.nii.gz"))
     predicted = torch.from_numpy(np.asarray(nib.load(labels).dataobj).astype(np.int64))
     names = class_names(str(BUNDLE))
@@ -95,9 +86,9 @@ def main() -> None:
         rows = segmentation(Path(folder))
         rows += [restoration(task, Path(folder)) for task in ("denoising", "super_resolution")]
         picture = next(Path(folder).rglob("*.png"))
-        (BUNDLE.parent / "docs" / "images" / "mni152.png").write_bytes(picture.read_bytes())
-    write_csv(RESULTS / "mni152.csv", [{**row, **facts()} for row in rows])
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+        (IMAGES / "mni152.png").write_bytes(picture.read_bytes())
+    save_csv(RESULTS / "mni152.csv", [{**row, **facts()} for row in rows])
+    print(format_table(rows))
 
 
 if __name__ == "__main__":

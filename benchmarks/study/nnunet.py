@@ -1,20 +1,20 @@
-"""nnU-Net v2 on the hippocampus, with the subjects and the budget of ours: Dice on the test subjects.
+"""nnU-Net v2 on the hippocampus, with our subjects and our budget: Dice of the test subjects.
 
-nnU-Net plans, preprocesses, trains (`3d_fullres`) and predicts (mirroring included) by itself. Two things are changed:
-its 1000 epochs of 250 iterations become 50 epochs of as many iterations as the budget allows, over which its learning
-rate falls to 0 as ever; and an epoch validates on one batch instead of 50, as the budget counts validation, and nothing
-is chosen by it: the last weights are tested. nnU-Net computes in float32 on a CPU, by its own choice.
+    python -m benchmarks.study.nnunet --data data --minutes 30 --labels 10 --seed 0
 
-Labels are drawn by `sspformer.data.prepare_pairs`, so the subjects are those of ours with the same `--max_subjects`
-and `--seed`. nnU-Net sees them and the validation subjects, and no others, when it plans.
+nnU-Net plans, preprocesses, trains (`3d_fullres`) and predicts (with mirroring) by itself. Two things change. Its 1000
+epochs of 250 iterations become 50 epochs, with as many iterations as the budget allows; over them its learning rate
+falls to 0 as ever. And an epoch validates on one batch instead of 50, as the budget counts validation and chooses
+nothing by it: the last weights are tested. On a CPU nnU-Net computes in float32, by its own choice.
 
-    python benchmarks/nnunet.py --data_dir ../shared/data --minutes 30 --labels 10 --seed 0
+`sspformer.data.prepare_pairs` draws the labels, so the subjects are those of ours with the same `--max_subjects` and
+`--seed`. nnU-Net plans with them and the validation subjects alone.
 
-`--minutes` becomes a number of iterations by timing a few before the training; `--iterations` sets it. A run that is
-complete is not repeated, one that was killed goes on after its last epoch. Writes results/nnunet.csv, a row a subject
-and structure, and replaces the rows of the same labels, seed and budget.
+`--minutes` becomes a number of iterations by timing a few before the training; `--iterations` sets it. The script does
+not repeat a complete run, and continues one that was killed after its last epoch. It writes results/nnunet.csv, one row
+per subject and structure, and replaces the rows of the same labels, seed and budget.
 
-nnU-Net needs a lot that nothing else here does; in an environment of its own:
+nnU-Net has many dependencies of its own. Give it an environment:
 
     python -m venv nnunet-venv
     nnunet-venv/bin/pip install torch==2.13.0
@@ -24,7 +24,6 @@ nnU-Net needs a lot that nothing else here does; in an environment of its own:
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -35,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import RESULTS, facts, print_table, write_csv
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
     plan_experiment_dataset,
@@ -45,9 +43,11 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from study import ROOT, TASKS, Study
 
+from benchmarks.common import RESULTS, ROOT, argument_parser, facts, read_csv, save_csv
+from benchmarks.study.runs import Study
 from sspformer.data import DatasetOptions, prepare_pairs
+from sspformer.io import format_table
 
 DATASET, DATASET_ID, CONFIGURATION = "Dataset004_Hippocampus", 4, "3d_fullres"
 STRUCTURES = {"anterior hippocampus": 1, "posterior hippocampus": 2}
@@ -87,8 +87,7 @@ def seed_all(seed: int) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder with manifest.csv and hippocampus/")
+    parser = argument_parser(__doc__, RESULTS / "nnunet.csv", data=True)
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="wall-clock budget of the training")
     budget.add_argument("--iterations", type=int, help="budget in iterations, rounded to whole epochs")
@@ -96,8 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of subjects, weights and crops (default: %(default)s)")
     parser.add_argument("--max_test", type=int, help="predict only so many test subjects, for a try (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="augmentation processes (default: 0, in the main one)")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "nnunet")
-    parser.add_argument("--output", type=Path, default=RESULTS / "nnunet.csv")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "nnunet", help="folder of the runs")
     args = parser.parse_args()
     for name in ("minutes", "iterations"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
@@ -209,11 +207,12 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 def main() -> None:
     args = parse()
-    args.data_dir, args.work_dir = args.data_dir.resolve(), args.work_dir.resolve()
-    study = Study(args.data_dir, args.work_dir, jobs=1)
-    lists = study.datalist("hippocampus", TASKS["hippocampus"]["splits"], ["hippocampus/images/"])
+    args.work_dir = args.work_dir.resolve()
+    study = Study(args.data, args.work_dir, jobs=1)
+    lists = study.labelled("hippocampus")
     labels = None if args.labels == "all" else int(args.labels)
-    pairs = prepare_pairs(DatasetOptions(lists, classes=len(STRUCTURES) + 1, seed=args.seed, max_subjects=labels))
+    options = DatasetOptions(lists, classes=len(STRUCTURES) + 1, seed=args.seed, max_subjects=labels)
+    pairs = prepare_pairs(options)
     budget = f"{args.minutes:g}min" if args.minutes else f"{args.iterations}it"
     folder = args.work_dir / f"{len(pairs['training'])}_{args.seed}_{budget}"
     for variable, part in (("nnUNet_raw", "raw"), ("nnUNet_preprocessed", "preprocessed"), ("nnUNet_results", "runs")):
@@ -231,17 +230,14 @@ def main() -> None:
     }
     versions = {**facts(), "nnunetv2": version("nnunetv2")}
     scores = predict(trainer, pairs["test"][: args.max_test], folder)
-    write_csv(args.output, [*other_rows(args.output, arm), *({**columns, **score, **versions} for score in scores)])
+    save_csv(args.output, [*other_rows(args.output, arm), *({**columns, **score, **versions} for score in scores)])
     means = {name: np.nanmean([row["dice"] for row in scores if row["structure"] == name]) for name in STRUCTURES}
-    print_table([*columns, *means], [[*columns.values(), *(f"{mean:.4f}" for mean in means.values())]])
+    print(format_table([columns | {name: f"{mean:.4f}" for name, mean in means.items()}]))
 
 
 def other_rows(path: Path, arm: dict[str, object]) -> list[dict[str, str]]:
-    """The rows of the file, if there is one, that belong to other runs."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if any(row[name] != str(value) for name, value in arm.items())]
+    """The rows of other runs in the file."""
+    return [row for row in read_csv(path) if any(row[name] != str(value) for name, value in arm.items())]
 
 
 if __name__ == "__main__":

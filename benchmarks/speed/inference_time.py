@@ -1,18 +1,17 @@
 """Time and peak memory of segmenting one head of 256 x 256 x 180 voxels from file to file, against MONAI's SwinUNETR.
 
-    OMP_NUM_THREADS=2 python benchmarks/inference_time.py
+    OMP_NUM_THREADS=2 python -m benchmarks.speed.inference_time
 
-The pipeline is the bundle's ``inference.json`` with its own settings; only the network is exchanged. So both read the
+The pipeline is the bundle's ``inference.json`` with its own settings, and only the network changes. So both read the
 same file, work at the same spacing, with the same sliding window, precision, interpolation and writing, and give 18
 channels. SwinUNETR is MONAI's with ``feature_size=24``, as released and with its ``use_flash_attention``. Weights are
 random: neither time nor memory depends on them. The head is the MNI152 template of nilearn, resampled to 256 x 256 x
 180 voxels of 1 mm, 16 bit; or ``--image``.
 
-Each run is a process of its own, so that the peak of its memory (resident set, high-water mark) is its own, and so that
-what the first forward pass costs counts as it does for a user. Starting Python, importing and building the network are
-left out of the time and shown apart; ``memory_at_start`` is what they leave resident. Contenders take turns, in an
-order drawn anew each round; ratios are of the same round. A row of the CSV file is one run; the printed table has
-medians and quartiles over the rounds.
+Each run is a process of its own: the peak of its memory (resident set, high-water mark) is its own, and the cost of the
+first forward pass counts, as for a user. The time leaves out starting Python, importing and building the network, which
+are shown apart; ``memory_at_start`` is what they leave resident. Contenders take turns, in an order drawn anew each
+round, and ratios are of the same round. A row of the CSV file is one run; the printed table has medians and quartiles.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 
-BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 SWIN = {
     "_target_": "SwinUNETR",
     "in_channels": 1,
@@ -52,9 +50,10 @@ def run_once(image: str, output_dir: str, network: str, precision: str, device: 
     """Seconds of each step, and memory in MiB."""
     started = time.perf_counter()
     import torch
-    from _common import parameters, synchronize
     from monai.bundle import ConfigParser
     from monai.transforms import Compose
+
+    from benchmarks.common import BUNDLE, parameters, synchronize
 
     config = ConfigParser()
     config.read_config(BUNDLE / "configs" / "inference.json")
@@ -114,7 +113,7 @@ def write_head(path: Path, size: Sequence[int]) -> None:
 
 def run_in_process(arguments: Sequence[str]) -> dict[str, float]:
     """The result of this script called with ``--child``."""
-    command = [sys.executable, __file__, "--child", *arguments]
+    command = [sys.executable, "-m", "benchmarks.speed.inference_time", "--child", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments[2:])} failed:\n{done.stderr[-3000:]}")
@@ -122,15 +121,13 @@ def run_in_process(arguments: Sequence[str]) -> dict[str, float]:
 
 
 def plot(path: Path, rows: Sequence[dict], names: Sequence[str]) -> None:
-    """Median seconds of the steps, stacked, and peak memory."""
-    import matplotlib
+    """Draw median seconds of the steps, stacked, and peak memory."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmarks.common import save_figure
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 0.5 * len(names) + 1.6), layout="constrained", sharey=True, width_ratios=(2, 1)
-    )
+    figure = Figure(figsize=(10, 0.5 * len(names) + 1.6), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     place, base = np.arange(len(names)), np.zeros(len(names))
     for step in STEPS:
         seconds = np.array([median(rows, name, step) for name in names])
@@ -142,8 +139,7 @@ def plot(path: Path, rows: Sequence[dict], names: Sequence[str]) -> None:
     left.set_xlabel("seconds, median")
     right.set_xlabel("peak memory, GiB")
     left.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    print(f"written to {path}")
+    save_figure(figure, path)
 
 
 def median(rows: Sequence[dict], name: str, column: str) -> float:
@@ -154,11 +150,11 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(run_once(*sys.argv[2:])))
         return
-    from _common import add_device_arguments, argument_parser, facts, prepare_machine, print_table, write_csv
+    from benchmarks.common import RESULTS, add_device, add_rounds, argument_parser, facts, prepare_machine, save_csv
 
-    parser = argument_parser(__doc__, "inference_time", rounds=5)
-    parser.set_defaults(warmup=1)
-    add_device_arguments(parser)
+    parser = argument_parser(__doc__, RESULTS / "inference_time.csv")
+    add_rounds(parser, 5, warmup=1)
+    add_device(parser)
     parser.add_argument("--image", type=Path, help="a NIfTI head (default: the MNI152 template, resampled)")
     parser.add_argument("--size", type=int, nargs=3, default=[256, 256, 180], help="voxels (default: 256 256 180)")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
@@ -183,29 +179,34 @@ def main() -> None:
                 print("round {round}  {contender:34s} {total:.1f} s, {peak_memory:.0f} MiB".format(**row), flush=True)
                 if i >= 0:
                     rows.append(row)
-    report(rows, list(contenders), print_table)
+    report(rows, list(contenders))
     size = "x".join(str(side) for side in args.size) if args.image is None else args.image.name
-    write_csv(args.output, [facts(args.device) | row | {"head": size, "order_seed": args.seed} for row in rows])
+    save_csv(args.output, [facts(args.device) | row | {"head": size, "order_seed": args.seed} for row in rows])
     plot(args.output.with_suffix(".png"), rows, list(contenders))
 
 
-def report(rows: Sequence[dict], names: Sequence[str], print_table) -> None:
-    """Medians and quartiles, and ratios to the first contender in the same round."""
+def report(rows: Sequence[dict], names: Sequence[str]) -> None:
+    """Print medians and quartiles, and ratios to the first contender in the same round."""
+    from sspformer.io import format_table
 
-    def text(values: Sequence[float], digits: int = 2) -> str:
+    def text(values: np.ndarray) -> str:
         q1, middle, q3 = np.percentile(values, [25, 50, 75])
-        return f"{middle:.{digits}f} [{q1:.{digits}f}, {q3:.{digits}f}]"
+        return f"{middle:.2f} [{q1:.2f}, {q3:.2f}]"
 
     def of(name: str, column: str) -> np.ndarray:
         return np.array([row[column] for row in rows if row["contender"] == name])
 
-    columns = (*STEPS, "total", "peak_memory")
-    header = ["median [quartiles], s and MiB", *(column.replace("_", " ") for column in columns)]
-    print_table(header, [[name, *(text(of(name, column)) for column in columns)] for name in names])
-    first = names[0]
-    ratios = [[name, *(text(of(name, column) / of(first, column)) for column in columns)] for name in names[1:]]
-    if ratios:
-        print_table([f"over {first}", *header[1:]], ratios)
+    def table(title: str, names: Sequence[str], over: str | None = None) -> None:
+        columns = (*STEPS, "total", "peak_memory")
+        lines = [
+            {title: name} | {column: text(of(name, column) / (of(over, column) if over else 1)) for column in columns}
+            for name in names
+        ]
+        if lines:
+            print(f"\n{format_table(lines)}")
+
+    table("median [quartiles], s and MiB", names)
+    table(f"over {names[0]}", names[1:], names[0])
 
 
 if __name__ == "__main__":

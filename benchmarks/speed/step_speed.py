@@ -1,26 +1,29 @@
 """Time of a pretraining step, and of the masks and the noise that precede it, against MONAI's masked autoencoder.
 
-    python benchmarks/step_speed.py
+    python -m benchmarks.speed.step_speed
 
-A step is forward pass, loss, backward pass and AdamW update, on one batch of 96 x 96 x 96 images (``--image_size``,
-``--batch_size``). Both networks have the same patch, mask ratio, and widths, depths, heads and mlp widths of encoder
-and decoder. What differs is the design: ours embeds the visible patches only, uses rotary positions and the fused
-attention of PyTorch, and its decoder lets mask tokens attend to visible tokens only; MONAI's ``MaskedAutoEncoderViT``
-embeds all patches and then drops the masked ones, has a class token and learnable position embeddings (its 3D sin-cos
-embedding needs widths that divide by 6, and 256 does not), computes attention weights explicitly, and its decoder
-attends over all tokens. MONAI draws its mask inside the step, which costs it well under a millisecond; ours come from
-outside and are timed below.
+A step is forward pass, loss, backward pass and AdamW update on one batch of 96 x 96 x 96 images (``--image_size``,
+``--batch_size``). Both networks have the same patch, mask ratio, and widths, depths, attention heads and mlp widths of
+encoder and decoder. The designs differ:
+
+- Ours embeds the visible patches only, uses rotary positions and PyTorch's fused attention, and its decoder lets mask
+  tokens attend to visible tokens only.
+- MONAI's ``MaskedAutoEncoderViT`` embeds all patches and then drops the masked ones. It has a class token and learnable
+  position embeddings (its 3D sin-cos embedding needs widths that divide by 6, and 256 does not), computes attention
+  weights explicitly, and its decoder attends over all tokens. It draws its mask inside the step, which costs it well
+  under a millisecond; ours come from outside and are timed below.
 
 Contenders:
 
-- ``ours fp32``, ``ours bf16``: fp32 and bfloat16 autocast;
-- ``MONAI fp32``: as released. Under autocast its forward pass raises, and the script shows the error it got;
+- ``ours fp32``, ``ours bf16``: fp32 and bfloat16 autocast.
+- ``MONAI fp32``: as released. Under autocast its forward pass raises, and the script shows the error.
 - ``MONAI fp32, fused attention`` and ``MONAI bf16, patched``: what MONAI could reach with small changes that its class
-  does not offer: ``use_flash_attention`` in every block, and for bf16 a cast of the decoder's tokens to fp32 besides.
+  does not offer. Every block uses ``use_flash_attention``; for bf16 the decoder's tokens are cast to fp32 as well.
 
-Then what precedes a step, each as a share of our step: the masks (:class:`InverseFrequencyMask` at its defaults), the
-noise (:class:`NoiseSampler` at its defaults, with and without motion; the mean weighs them by ``motion_prob``), and the
-whole of :class:`PrepareMaskedBatch`. Shares are medians, with quartiles, of ratios within the same round.
+Then the preparation of a step, each part as a share of our step: the masks (:class:`InverseFrequencyMask` at its
+defaults), the noise (:class:`NoiseSampler` at its defaults, with and without motion; the mean weighs them by
+``motion_prob``), and the whole of :class:`PrepareMaskedBatch`. Shares are medians and quartiles of ratios within the
+same round.
 """
 
 from __future__ import annotations
@@ -29,24 +32,25 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from _common import (
-    MonaiMaskedAutoencoder,
-    add_device_arguments,
-    argument_parser,
-    facts,
-    monai_loss,
-    parameters,
-    prepare_machine,
-    print_table,
-    quartiles,
-    range_text,
-    time_alternating,
-    write_csv,
-)
 from monai.data import MetaTensor, list_data_collate
 from torch import Tensor, nn
 
+from benchmarks.common import (
+    RESULTS,
+    add_device,
+    add_rounds,
+    argument_parser,
+    facts,
+    parameters,
+    prepare_machine,
+    quartiles,
+    range_text,
+    save_csv,
+    time_alternating,
+)
+from benchmarks.peers import MonaiMaskedAutoencoder, monai_loss
 from sspformer.engines import PrepareMaskedBatch
+from sspformer.io import format_table
 from sspformer.losses import MaskedReconstructionLoss
 from sspformer.networks import SIZES, MaskedAutoencoder, SSPFormerEncoder, patchify
 from sspformer.transforms import InverseFrequencyMask, NoiseSampler
@@ -100,7 +104,7 @@ def monai_step(
 
 
 def autocast_error(args, image: Tensor) -> str:
-    """What MONAI's network raises under bfloat16 autocast; empty if it runs."""
+    """The error of MONAI's network under bfloat16 autocast; empty if it runs."""
     step, _ = monai_step(args, image, torch.bfloat16)
     try:
         step()
@@ -125,8 +129,9 @@ def batch_preparation(args, image: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, "step_speed", rounds=30)
-    add_device_arguments(parser)
+    parser = argument_parser(__doc__, RESULTS / "step_speed.csv")
+    add_rounds(parser, 30)
+    add_device(parser)
     parser.add_argument("--batch_size", type=int, default=1, help="images in a step (default: %(default)s)")
     parser.add_argument("--image_size", type=int, default=96, help="voxels of a side (default: %(default)s)")
     parser.add_argument("--patch_size", type=int, default=8, help="voxels of a patch's side (default: %(default)s)")
@@ -170,19 +175,14 @@ def main() -> None:
         missing = {"contender": "MONAI bf16", "what": "step", "dtype": "bf16 autocast", "rounds": 0}
         rows.append(missing | {"note": f"raises: {error}"} | setting | facts(args.device))
 
-    timed = [row for row in rows if row["rounds"]]
-    print_table(
-        ["median [quartiles]", "ms", "over ours fp32", "over ours bf16"],
-        [
-            [row["contender"], range_text(row, "seconds", 1000, 1)]
-            + [
-                range_text(row, f"over_{ours.replace(' ', '_')}", digits=2 if row["what"] == "step" else 3)
-                for ours in OURS
-            ]
-            for row in timed
-        ],
-    )
-    write_csv(args.output, rows)
+    table = []
+    for row in (row for row in rows if row["rounds"]):
+        line = {"median [quartiles]": row["contender"], "ms": range_text(row, "seconds", 1000, 1)}
+        digits = 2 if row["what"] == "step" else 3
+        line |= {f"over {ours}": range_text(row, f"over_{ours.replace(' ', '_')}", digits=digits) for ours in OURS}
+        table.append(line)
+    print(f"\n{format_table(table)}")
+    save_csv(args.output, rows)
 
 
 if __name__ == "__main__":

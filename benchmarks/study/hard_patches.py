@@ -1,8 +1,8 @@
-"""Masks that hide the patches which the network finds hard: a competitor of inverse frequency projection masking.
+"""Masks that hide the patches that the network finds hard: a rival of inverse frequency projection masking.
 
-After hard patches mining (Wang et al., arXiv 2304.05919): the patches with the highest reconstruction loss are masked,
-a share of the masked set that rises during training; the rest is drawn at random. There a second network predicts the
-loss; here it is measured with the network as it stands, which needs no second network and cannot be wrong.
+After hard patches mining (Wang et al., arXiv 2304.05919): a share of the masked patches, which rises during training,
+are those with the highest reconstruction loss; the rest is random. There a second network predicts the loss. Here the
+network itself measures it, which needs no second network and cannot be wrong.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from monai.utils import ensure_tuple_rep, str2bool
+from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
 from sspformer.networks import gather_tokens, pad_to_patches, patchify
+from sspformer.options import flag
 from sspformer.transforms import MaskIndices, draw_mask, patch_energy
 
 
-class HardPatchSampler:
-    """Stands in for :class:`sspformer.transforms.InverseFrequencyMask` in ``pretrain.json``.
+class HardPatchMask:
+    """A mask strategy for ``pretrain.json``.
 
-    The loss of every patch of a batch comes from two passes without gradients: a random mask, then one that hides all
-    the first left visible. They cost about as much as two thirds of a training step.
+    The loss of every patch comes from two passes without gradients: a random mask, then one that hides all that the
+    first left visible. They take about two thirds of the time of a training step.
 
     Args:
-        network: the masked autoencoder that is being trained.
+        network: the masked autoencoder in training.
         patch_size: voxels along each spatial axis, or one number for all.
         spatial_dims: 2 or 3.
         ratio: share of masked patches.
-        beta: share of the masked patches that are the hardest ones, 0 to 1; a schedule sets it (:meth:`set_beta`).
+        beta: share of the hardest patches among the masked ones, 0 to 1; a schedule sets it (:meth:`set_beta`).
         amp: bfloat16 autocast in these passes.
     """
 
@@ -45,11 +46,11 @@ class HardPatchSampler:
         self._network = network
         self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
         self.ratio = ratio
-        self.amp = str2bool(amp)  # the command line gives "false" as a string
+        self.amp = flag(amp)
         self.set_beta(beta)
 
     def set_beta(self, beta: float) -> None:
-        """Set the share of the hardest patches; a parameter setter for MONAI's ``ParamSchedulerHandler``."""
+        """Set the share of the hardest patches; MONAI's ``ParamSchedulerHandler`` calls it."""
         self.beta = float(beta)
 
     def __call__(

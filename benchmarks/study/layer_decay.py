@@ -1,24 +1,24 @@
-"""How fast may a pretrained encoder learn? Fine-tuning of the 17 structures with 20 labelled heads, at equal steps,
-from scratch and from the encoder that ships, by the layer decay: the last block learns at so many times the decoder's
-rate, the one before at its square, and so on. Mean Dice of five validation heads; no test subject.
+"""How fast should a pretrained encoder learn?
 
-A complete run is not repeated:
+Fine-tuning of the 17 structures with 20 labelled scans and equal steps, from scratch and from the encoder that ships,
+by layer decay: the last block learns at that share of the decoder's rate, the one before at its square, and so on. The
+score is the mean Dice of five validation scans; no test subject takes part. The script does not repeat a complete run.
 
-    python benchmarks/layer_decay.py --data_dir ../shared/data
+    python -m benchmarks.study.layer_decay --data data
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 from pathlib import Path
 
-from _common import RESULTS, print_table, write_csv
-from study import DATA, ROOT, TASKS, Cell, Study, epochs_done, run_all, schedule
-from train_models import ENCODER
+from benchmarks.common import RESULTS, add_runs, argument_parser, read_csv, save_csv
+from benchmarks.study.protocol import TASKS
+from benchmarks.study.runs import Cell, Study, epochs_done, run_all, schedule
+from benchmarks.train_models import ENCODER
+from sspformer.io import format_table
 
 TASK, LABELS = "brain_structures", 20
-#: what the weights start from, layer decay
+#: start of the encoder, layer decay
 RUNS = (("scratch", 1.0), *(("shipped", decay) for decay in (1.0, 0.75, 0.5, 0.25)))
 
 
@@ -36,32 +36,29 @@ def fine_tuning(study: Study, start: str, decay: float, seed: int, steps: int) -
 
 def result(output: Path) -> dict[str, float]:
     """Mean loss of the last three epochs, and Dice of the last validation."""
-    with (output / "history.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(output / "history.csv")
     losses = [float(row["train_loss"]) for row in rows[-3:]]
     dice = [float(row["dice"]) for row in rows if row["dice"]]
     return {"train_loss": round(sum(losses) / len(losses), 4), "dice": round(dice[-1], 4)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of manifest.csv")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "study", help="folder of the study's runs")
+    parser = argument_parser(__doc__, RESULTS / "layer_decay.csv", data=True)
+    add_runs(parser, "study", jobs=2)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=TASKS[TASK]["steps"])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
-    study = Study(args.data_dir, args.work_dir, args.jobs)
+    study = Study(args.data, args.work_dir, args.jobs)
     settings = [(start, decay, seed) for seed in args.seeds for start, decay in RUNS]
     runs = [fine_tuning(study, *setting, args.steps) for setting in settings]
     if failed := run_all([cell for cell, _ in runs], args.jobs):
-        raise SystemExit(f"{len(failed)} runs failed, and no table is written: {', '.join(failed)}")
+        raise SystemExit(f"wrote no table, as {len(failed)} runs failed: {', '.join(failed)}")
     rows = [
         {"start": start, "layer_decay": decay, "seed": seed, "steps": args.steps, **result(output)}
         for (start, decay, seed), (_, output) in zip(settings, runs, strict=True)
     ]
-    write_csv(RESULTS / "layer_decay.csv", rows)
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    save_csv(args.output, rows)
+    print(format_table(rows))
 
 
 if __name__ == "__main__":

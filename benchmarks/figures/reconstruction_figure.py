@@ -1,33 +1,29 @@
-"""Whole heads, three quarters of them hidden, and what a pretrained network makes of them.
+"""Whole heads with three quarters of their patches hidden, and what a pretrained network reconstructs.
 
-    python benchmarks/reconstruction_figure.py --run output/pretrain_heads --images A.nii.gz B.nii.gz
+    python -m benchmarks.figures.reconstruction_figure --run output/pretrain_heads --images A.nii.gz B.nii.gz
 
-``--run`` is the ``output_dir`` of a pretraining run, 3D, tiny preset and patches of 8. It saw crops; whole heads go
-through the same weights, as positions are relative. Masks are uniform, the thermal noise 2 to 6 percent.
+``--run`` is the ``output_dir`` of a 3D pretraining with the tiny preset and patches of 8. It saw crops; whole heads
+pass through the same weights, as positions are relative. Masks are uniform, thermal noise is 2 to 6 percent.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
-from _common import head_loader
 from matplotlib.image import imsave
 
+from benchmarks.common import IMAGES, argument_parser, head_loader
 from sspformer.engines import PrepareMaskedBatch, Reconstruct
 from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder
 from sspformer.pictures import figure_to_array, reconstruction_panel
 from sspformer.transforms import InverseFrequencyMask, NoiseSampler
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, IMAGES / "reconstruction.png")
     parser.add_argument("--run", type=Path, required=True, help="output_dir of a pretraining run")
     parser.add_argument("--images", nargs="+", required=True, help="NIfTI files that the run was not trained on")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "images" / "reconstruction.png"))
     parser.add_argument("--spacing", type=float, default=2.0, help="mm")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
