@@ -32,8 +32,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from torch import nn
 
-from sspformer import data as sspformer_data
-from sspformer.data import find_inputs
+from sspformer.data import DatasetOptions, find_inputs, prepare_datalist, prepare_pairs
 from sspformer.io import LoadScand
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,18 +244,11 @@ def dicom_series(folder, array=None, only=None, elements_of=None, **elements) ->
 
 
 def datalist(dataset_dir, output_dir=None, **options) -> dict[str, list[dict]]:
-    return _prepared("prepare_datalist", dataset_dir, output_dir, options)
+    return prepare_datalist(DatasetOptions(dataset_dir, output_dir, **options))
 
 
 def pairs(dataset_dir, output_dir=None, **options) -> dict[str, list[dict]]:
-    return _prepared("prepare_pairs", dataset_dir, output_dir, options)
-
-
-def _prepared(name, dataset_dir, output_dir, options):
-    function = getattr(sspformer_data, name)
-    if hasattr(sspformer_data, "DatasetOptions"):
-        return function(sspformer_data.DatasetOptions(dataset_dir=dataset_dir, output_dir=output_dir, **options))
-    return function(dataset_dir, output_dir, **options)
+    return prepare_pairs(DatasetOptions(dataset_dir, output_dir, **options))
 
 
 def items_of(lists) -> list[dict]:
@@ -290,6 +282,12 @@ def stand_in(folder, classes=2, factor=1.0, bias=0.0) -> dict:
     options = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": classes, "kernel_size": 1}
     names = {"class_names": ["bright"]} if classes == 2 else {}
     return {"network_def": options, "weights": str(folder / f"stand_in_{classes}.pt"), **names}
+
+
+def unblended() -> dict:
+    """Denoising gives what the network gives, also of a scan with little noise."""
+    name = "blend_by_noise" if "blend_by_noise" in (CONFIGS / "denoising.json").read_text() else "leave_quiet"
+    return {name: []}
 
 
 def workflow(kind, dataset_dir, output_dir, *overlays, initialize=True, **overrides) -> ConfigWorkflow:
@@ -338,7 +336,7 @@ def infer(dataset_dir, output_dir, *overlays, **overrides) -> dict[str, dict[str
     """Inference in this process: the rows of `inference.csv` by name, also where scans failed."""
     small = {"roi_size": [24, 24, 24]}
     found = outcome(run, "inference", dataset_dir, output_dir, *overlays, **{**small, **overrides})
-    assert found or found.kind == "SystemExit", f"the batch ended with {found.kind}: {found.error}\n{found.trace}"
+    assert found or "scans failed" in found.error, f"the batch ended with {found.kind}: {found.error}\n{found.trace}"
     return {row["name"]: row for row in rows(output_dir, "inference.csv")}
 
 

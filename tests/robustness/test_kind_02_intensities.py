@@ -5,7 +5,21 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
-from odd_inputs import datalist, fails, head, infer, labelled, load, nifti, outcome, overlays_of, run, stand_in, tiny
+from odd_inputs import (
+    datalist,
+    fails,
+    head,
+    infer,
+    labelled,
+    load,
+    nifti,
+    outcome,
+    overlays_of,
+    run,
+    stand_in,
+    tiny,
+    unblended,
+)
 
 PLAIN = head(noise=0) + 20 * np.random.default_rng(0).random((24, 22, 20), np.float32)
 TASKS = {"denoising.json": "denoised", "super_resolution.json": "sr"}
@@ -16,7 +30,7 @@ def restored(folder, task, scans, **options):
     """`inference.csv`, and the results, of a network that makes everything 1.3 times as bright."""
     for name, array in scans.items():
         nifti(folder / "in" / f"{name}.nii.gz", array)
-    options = {"leave_quiet": [], "data_consistency": False, **stand_in(folder, 1, 1.3), **options}
+    options = {**unblended(), "data_consistency": False, **stand_in(folder, 1, 1.3), **options}
     if task == "super_resolution.json":
         options["factor"] = 1
     table = infer(folder / "in", folder / "out", task, **options)
@@ -146,7 +160,7 @@ def test_evaluation_of_a_z_scored_scan_scores_as_the_magnitude_or_leaves_it_out(
     for name in ("plain", "z-scored"):
         slope, shift = SCALES[name][:2] if name in SCALES else (1, 0)
         nifti(tmp_path / name / "p1.nii.gz", (slope * PLAIN + shift).astype(np.float32))
-        options = {**stand_in(tmp_path, 1, 0.9), "leave_quiet": [], "roi_size": [24, 24, 24]}
+        options = {**stand_in(tmp_path, 1, 0.9), **unblended(), "roi_size": [24, 24, 24]}
         out = tmp_path / f"out {name}"
         found = outcome(run, "evaluate", tmp_path / name, out, "denoising.json", max_pictures=0, **options)
         if name == "z-scored" and not found:

@@ -24,19 +24,10 @@ def one_scan_more_noisy(data):
     nifti(data / "images" / "p1.nii.gz", head((24, 24, 24), seed=1, noise=90).astype(np.int16))
 
 
-def other_geometry(data):
-    for folder in ("images", "labels"):
-        for path in sorted((data / folder).iterdir()):
-            array = head((24, 24, 24), seed=int(path.name[1]))
-            array = (array > 800).astype(np.uint8) if folder == "labels" else array.astype(np.int16)
-            nifti(path, array, np.diag([2, 2, 2.2, 1]))
-
-
 CHANGES = [
     ("train", other_scans),
     ("train", corrected_labels),
     ("train", one_scan_more_noisy),
-    ("train", other_geometry),
     ("pretrain", other_scans),
 ]
 

@@ -4,9 +4,21 @@ import json
 
 import numpy as np
 import pytest
-from odd_inputs import accepted, datalist, fails, inputs, items_of, nifti, outcome, pairs, refused
+from odd_inputs import (
+    accepted,
+    assert_says,
+    datalist,
+    fails,
+    in_child,
+    inputs,
+    items_of,
+    nifti,
+    outcome,
+    pairs,
+    refused,
+)
 
-from sspformer.data import prepare_test_data
+from sspformer.data import DatasetOptions, prepare_test_pairs
 
 NAMES = [f"s{i}" for i in range(1, 7)]
 
@@ -70,17 +82,8 @@ def test_names_of_the_test_list(name, folder):
     path = listed(folder, {"training": FOUR, name: TWO})
     found = splits(datalist, path)
     assert sorted(found["training"] + found["validation"]) == NAMES[:4]
-    tested = accepted(prepare_test_data_of, path)
+    tested = accepted(prepare_test_pairs, DatasetOptions(path))
     assert sorted(one["name"] for one in tested) == NAMES[4:]
-
-
-def prepare_test_data_of(path):
-    import sspformer.data as data
-
-    if hasattr(data, "DatasetOptions"):
-        function = getattr(data, "prepare_test_pairs", None) or prepare_test_data
-        return function(data.DatasetOptions(dataset_dir=path))
-    return prepare_test_data(path)
 
 
 @fails("fold is ignored, and another split is drawn")
@@ -146,19 +149,36 @@ STRINGS = {
 }
 
 
-@fails("a string is walked letter by letter")
-@pytest.mark.parametrize("prepare", [datalist, pairs])
-@pytest.mark.parametrize("name", STRINGS)
+@pytest.mark.parametrize(
+    ("prepare", "name"),
+    [
+        (datalist, "training"),
+        *(
+            pytest.param(prepare, name, marks=fails("a string is walked letter by letter"))
+            for prepare, name in ((pairs, "training"), (datalist, "validation"), (pairs, "validation"), (pairs, "test"))
+        ),
+    ],
+)
 def test_a_string_or_mapping_where_a_list_belongs_is_refused(name, prepare, folder):
-    for content in (STRINGS[name], {"image": "images/s5.nii.gz"}, 3, True):
+    for content in (
+        {"image": "images/s5.nii.gz"},
+        3,
+        True,
+        STRINGS[name],
+    ):
         lists = {"training": FOUR, name: content}
-        refused(prepare, listed(folder, lists), says=["list.json", name, "list"])
+        found = in_child(prepare, listed(folder, lists), seconds=4)
+        assert found.named, f"{content}: {found.kind} {found.error} {found.value}"
+        assert_says(found.error, ["list.json", name, "list"])
 
 
 @fails("an empty path is the list's own folder, which is walked")
-@pytest.mark.parametrize("image", ["", ".", "..", "/", "images/..", " "])
+@pytest.mark.parametrize("image", ["", ".", "..", "/", "images/.."])
 def test_an_image_that_is_the_lists_own_folder_or_above_is_refused(image, folder):
-    refused(datalist, listed(folder, {"training": [item(1), {"image": image}]}), says=["list.json", "image"])
+    found = in_child(datalist, listed(folder, {"training": [item(1), {"image": image}]}), seconds=3)
+    assert found.named, f"{found.kind} {found.error} {found.value}"
+    assert_says(found.error, ["list.json", "image", "folder"])
+    assert "twice" not in found.error
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,13 @@
 """Options are checked first thing, by name; unknown ones are refused with the nearest that is known."""
 
 import json
-import os
 
 import pytest
 from odd_inputs import (
     BUNDLE,
     CONFIGS,
-    ENVIRONMENT,
     fails,
     infer,
-    inputs,
     labelled,
     nifti,
     outcome,
@@ -284,7 +281,7 @@ def test_other_postfixes_are_names(postfix, tmp_path):
         assert (tmp_path / "out" / f"s_{postfix}.nii.gz").exists()
 
 
-@fails("a second run with another postfix of the same record is taken for the first")
+@fails("all is no number")
 def test_all_none_and_null_mean_no_limit(data, tmp_path):
     for word in ("all", "none", "null", None):
         found = outcome(pairs, data, tmp_path / "out", max_subjects=word, val_fraction=0)
@@ -299,16 +296,16 @@ def test_all_none_and_null_mean_no_limit(data, tmp_path):
         ({"max_subjects": 0}, "max_subjects"),
         ({"max_subjects": 99}, "max_subjects"),
         ({"min_size": 1}, "min_size"),
-        pytest.param({"val_fraction": float("nan")}, "val_fraction", marks=()),
-        pytest.param({"val_fraction": "half"}, "val_fraction", marks=fails("a TypeError")),
-        pytest.param({"max_subjects": 1.5}, "max_subjects", marks=fails("a TypeError")),
-        pytest.param({"max_subjects": "some"}, "max_subjects", marks=fails("a TypeError")),
-        pytest.param({"seed": "x"}, "seed", marks=fails("any object is a seed")),
-        pytest.param({"num_workers": "x"}, "num_workers", marks=fails("a TypeError")),
+        ({"val_fraction": NAN}, "val_fraction"),
+        ({"val_fraction": "half"}, "val_fraction"),
+        ({"max_subjects": 1.5}, "max_subjects"),
+        ({"max_subjects": "some"}, "max_subjects"),
+        ({"seed": "x"}, "seed"),
+        ({"num_workers": "x"}, "num_workers"),
         pytest.param({"num_workers": -5}, "num_workers", marks=fails("no bound")),
         pytest.param({"subject_pattern": "(("}, "subject_pattern", marks=fails("an error of re")),
-        pytest.param({"skip_unreadable": "perhaps"}, "skip_unreadable", marks=fails("any text is true")),
-        pytest.param({"classes": "2"}, "classes", marks=()),
+        ({"skip_unreadable": "perhaps"}, "skip_unreadable"),
+        ({"classes": "2"}, "classes"),
     ],
     ids=str,
 )
@@ -327,15 +324,3 @@ def test_the_docs_list_every_option_of_a_schema():
     assert page is not None
     text = page.read_text()
     assert all(f"--{name}" in text for name in schema)
-
-
-def test_the_command_line_names_an_option_in_its_last_line(tmp_path):
-    """What a user sees, in a process of its own."""
-    import subprocess
-    import sys
-
-    line = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", str(CONFIGS / "inference.json")]
-    line += ["--bundle_root", str(BUNDLE), "--dataset_dir", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "o")]
-    done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "dataset_dir" in done.stderr.strip().splitlines()[-1]
-    assert not os.path.exists(tmp_path / "o") and inputs is not None

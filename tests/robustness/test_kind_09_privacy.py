@@ -8,7 +8,6 @@ import pytest
 from odd_inputs import ROOT, datalist, dicom_series, fails, head, infer, inputs, outcome, stand_in
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import DataElement
-from pydicom.uid import UID
 
 PATIENT = "Doe^Jane"
 WORDS = (PATIENT, "Doe", "Jane", "MRN4711", "19620914")
@@ -119,7 +118,6 @@ def test_a_transfer_syntax_is_not_quoted(tmp_path, caplog, capfd):
     for path in series(tmp_path):
         content = path.read_bytes()
         path.write_bytes(content.replace(b"1.2.840.10008.1.2.1\0", b"Doe^Jane.MRN4711.19\0"))
-        assert pydicom.dcmread(path, force=True).file_meta.TransferSyntaxUID == UID("Doe^Jane.MRN4711.19")
     assert_nothing_is_said(tmp_path, caplog, capfd)
 
 

@@ -164,7 +164,7 @@ def test_what_is_no_file_is_no_scan_and_stops_nothing(make, name, tmp_path):
         assert good == ["good1"]
 
 
-@pytest.mark.parametrize("make", [pytest.param(pipe, marks=fails(THINGS[pipe])), broken_link, folder])
+@pytest.mark.parametrize("make", [pipe, broken_link, folder])
 def test_what_is_no_file_is_refused_by_name_when_it_is_the_data_set_itself(make, tmp_path):
     make(tmp_path / "one.nii.gz")
     for function in (datalist, inputs):

@@ -25,6 +25,7 @@ from odd_inputs import (
     run,
     stand_in,
     tiny,
+    unblended,
 )
 
 from sspformer.engines import save_atomically
@@ -148,7 +149,7 @@ def test_a_training_on_a_full_disk_ends_with_that_and_goes_on_later(tmp_path):
 def test_a_full_disk_fails_a_scan_of_inference_and_leaves_nothing_half(tmp_path):
     rng = np.random.default_rng(0)
     nifti(tmp_path / "in" / "a.nii.gz", rng.integers(0, 30000, (40, 40, 40)).astype(np.int16))
-    options = {**stand_in(tmp_path, 1), "leave_quiet": []}
+    options = {**stand_in(tmp_path, 1), **unblended()}
     found = in_child(
         on_a_full_disk, infer, tmp_path / "in", tmp_path / "out", "denoising.json", room=50_000, **options, seconds=60
     )
@@ -161,7 +162,7 @@ def test_a_full_disk_fails_a_scan_of_inference_and_leaves_nothing_half(tmp_path)
 def test_a_full_disk_in_inference_names_the_file_and_the_room(tmp_path):
     rng = np.random.default_rng(0)
     nifti(tmp_path / "in" / "a.nii.gz", rng.integers(0, 30000, (40, 40, 40)).astype(np.int16))
-    options = {**stand_in(tmp_path, 1), "leave_quiet": []}
+    options = {**stand_in(tmp_path, 1), **unblended()}
     found = in_child(
         on_a_full_disk, infer, tmp_path / "in", tmp_path / "out", "denoising.json", room=50_000, **options, seconds=60
     )

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from odd_inputs import datalist, fails, infer, labelled, nifti, run, stand_in, tiny
 
 DEAD = 2**22 - 7  # beyond what a process's number usually reaches
@@ -18,8 +17,7 @@ def dead_process():
 
 
 @fails("the part files of a killed run stay for good")
-@pytest.mark.parametrize("kind", ["train", "pretrain"])
-def test_the_parts_of_a_killed_training_go(kind, tmp_path):
+def test_the_parts_of_a_killed_training_go(tmp_path):
     data, output = labelled(tmp_path / "data"), tmp_path / "out"
     number = dead_process()
     left = [
@@ -32,7 +30,7 @@ def test_the_parts_of_a_killed_training_go(kind, tmp_path):
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * 100)
-    run(kind, data if kind == "train" else data / "images", output, **tiny(kind))
+    run("train", data, output, **tiny("train"))
     assert not list(output.rglob("*.part"))
 
 
@@ -57,12 +55,6 @@ def test_files_of_the_user_that_end_alike_stay(tmp_path):
     infer(tmp_path / "in", tmp_path / "out", **stand_in(tmp_path))
     datalist(tmp_path / "in", tmp_path / "out", val_fraction=0)
     assert all(path.exists() for path in kept)
-
-
-def test_a_run_that_ends_leaves_no_part(tmp_path):
-    data, output = labelled(tmp_path / "data"), tmp_path / "out"
-    run("train", data, output, **tiny("train"))
-    assert not list(output.rglob("*.part")) and not list(output.rglob("*.lock")) or os.name == "nt"
 
 
 @fails("a cache that two runs share keeps the parts of the killed one")
