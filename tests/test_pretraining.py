@@ -21,6 +21,7 @@ from sspformer.engines import (
 )
 from sspformer.losses import MaskedReconstructionLoss
 from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder, gather_tokens, patchify
+from sspformer.options import flag
 from sspformer.pictures import figure_to_array, reconstruction_panel
 from sspformer.transforms import InverseFrequencyMask, MaskIndices, NoiseSampler, patch_energy
 
@@ -143,7 +144,7 @@ def test_a_network_overfits_one_batch_of_detail():
 def test_autocast_inferer_runs_in_bfloat16_only_when_asked():
     layer, within = torch.nn.Linear(4, 4), []
     layer.register_forward_hook(lambda module, args, output: within.append(output.dtype))
-    for enabled in (True, False, "false"):
+    for enabled in (True, False, flag("false")):
         assert AutocastInferer(enabled)(torch.rand(1, 4), layer).dtype == torch.float32  # for losses and metrics
     assert within == [torch.bfloat16, torch.float32, torch.float32]
 

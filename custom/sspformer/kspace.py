@@ -1,6 +1,6 @@
 """k-space of MRI images: the one place that knows Fourier conventions and physical frequency.
 
-Conventions (the bundle's docs/METHOD.md, "Conventions"):
+Conventions (docs/method.md):
 
 - Images are batches ``(B, C, *S)`` with two or three spatial sides ``S``. Transforms run over the spatial axes only,
   with ``norm="ortho"``, so that they keep energy (Parseval).
@@ -177,10 +177,10 @@ def phase_encode_line(n_lines: int, device: torch.device | str | None = None) ->
 def fourier_resample(image: Tensor, size: Sequence[int]) -> Tensor:
     """A real image on a finer or coarser grid over the same field of view, by padding or cropping its k-space.
 
-    Sinc interpolation, exact on what both grids can hold. Voxel 0 keeps its place, so the new affine is
-    ``affine @ diag(n / n')`` for ``n`` voxels before and ``n'`` after. The term at the Nyquist frequency of an even
-    side is split in halves on the way up, and the two halves fold on the way down, so that down after up is the
-    identity (as in ``scipy.signal.resample``). Intensities stay as they are; beside sharp edges the image rings.
+    This is sinc interpolation, exact for all frequencies that both grids can hold. Voxel 0 keeps its place, so the new
+    affine is ``affine @ diag(n / n')`` for ``n`` voxels before and ``n'`` after. On the way up the term at the Nyquist
+    frequency of an even side is split in halves, which fold on the way down: down after up is the identity, as in
+    ``scipy.signal.resample``. Intensities keep their scale; beside sharp edges the image rings.
 
     Args:
         image: real ``(B, C, *S)``.

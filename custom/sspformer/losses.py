@@ -18,8 +18,7 @@ __all__ = ["BalancedDiceCELoss", "MaskedReconstructionLoss", "RestorationLoss", 
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch ``(B, N, P)`` less its mean, over its standard deviation; returns the patches, the means and the
-    deviations."""
+    """Patches ``(B, N, P)`` less their means, over their standard deviations; and the means and deviations."""
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
@@ -37,8 +36,7 @@ class MaskedReconstructionLoss(nn.Module):
         spatial_dims: 2 or 3.
         spectral_weight: weight of the spectral term, 0 or more.
         spectral_gamma: exponent of its high-pass.
-        normalize_target: predict each patch less its own mean, over its own standard deviation (He et al., arXiv
-            2111.06377).
+        normalize_target: predict patches as :func:`normalize_patches` gives them (He et al., arXiv 2111.06377).
 
     Raises:
         ValueError: if ``spectral_weight`` is negative.
@@ -84,8 +82,7 @@ class MaskedReconstructionLoss(nn.Module):
         return loss
 
     def spectral(self, error: Tensor, index: Tensor, image: Tensor, spacing: Tensor) -> Tensor:
-        """High-pass energy of the error ``(B, M, P)`` of the masked patches, put back in their places; per voxel of
-        them."""
+        """High-pass energy of the error ``(B, M, P)`` of the masked patches in their places, per voxel of them."""
         grid = [side // patch for side, patch in zip(image.shape[2:], self.patch_size)]
         patches = error.new_zeros(error.shape[0], math.prod(grid), error.shape[2])
         patches = patches.scatter(1, index[..., None].expand_as(error), error)
@@ -95,10 +92,10 @@ class MaskedReconstructionLoss(nn.Module):
 
 
 class BalancedDiceCELoss(DiceCELoss):
-    """MONAI's ``DiceCELoss`` whose cross entropy, and only that, weighs the classes.
+    """MONAI's ``DiceCELoss`` with class weights in the cross entropy alone.
 
-    MONAI weighs the Dice of each class as well, which is balanced by itself; cross entropy alone leaves small
-    structures unseen until the large ones are learnt.
+    Without weights, cross entropy ignores small structures until the large ones are learnt. Dice is balanced by itself,
+    but MONAI would weigh it, too.
 
     Args:
         class_weight: of each class, background included; see :func:`sspformer.data.class_weights`.
@@ -111,16 +108,16 @@ class BalancedDiceCELoss(DiceCELoss):
 
 
 class RestorationLoss(nn.Module):
-    r"""How much of the degradation's error is left, in dB: minus the gain in PSNR, averaged over the batch.
+    r"""Minus the gain in PSNR, in dB, averaged over the batch: how much of the degradation's error is left.
 
     .. math:: 10 \log_{10} \frac{mse(pred, clean) + \epsilon}{mse(degraded, clean) + \epsilon}
 
-    The plain squared error is ruled by the strongest degradations; here each one counts alike, so that a network blind
-    to the level learns not to harm a scan that has hardly any.
+    The strongest degradations would rule the plain squared error. Here all count alike, so a network that cannot tell
+    the level learns not to harm a scan that has hardly any.
 
-    If the target has the ``factor`` of a lower resolution, the prediction is judged after
-    :func:`sspformer.kspace.data_consistency`: the network need not find out which k-space was measured, and may write
-    anything there. It is to be used the same way.
+    If the target has the ``factor`` of a lower resolution, :func:`sspformer.kspace.data_consistency` comes before the
+    comparison. The network need not find out which k-space was measured, and may write anything there, so apply the
+    same step after it in use.
 
     Args:
         eps: mean square that counts as nothing, above 0; 1e-6 is a thousandth of the intensity range.

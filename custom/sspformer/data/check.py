@@ -97,7 +97,7 @@ def _misfits(image: dict, label: dict) -> Iterator[str]:
 
 
 def check_nifti(files: list[Path], min_size: int) -> dict:
-    """Reads a NIfTI file to its last byte; returns its grid (see `check_header`) and, if 4D, its usable volumes."""
+    """Reads a NIfTI file to its last byte; returns its grid (see `check_grid`) and, if 4D, its usable volumes."""
     grid, image, voxels = _read_nifti(files, min_size)
     slope, intercept = image.dataobj.slope, image.dataobj.inter
     four = len(without_ones(image.shape)) == 4
@@ -110,9 +110,10 @@ def check_nifti(files: list[Path], min_size: int) -> dict:
 
 
 def check_label(files: list[Path]) -> dict:
-    """Reads a label map to its last byte; returns its grid (see `check_header`) and the voxels of each value in it.
+    """Reads a label map to its last byte; returns its grid (see `check_grid`) and how often each value occurs.
 
-    Raises `Unusable` when it is no NIfTI file of one volume, or has a value that is not an integer.
+    Raises:
+        Unusable: when it is no NIfTI file of one volume, or has a value that is not an integer.
     """
     grid, image, voxels = _read_nifti(files, min_size=2)
     if len(shape := without_ones(image.shape)) > 3:
@@ -120,7 +121,7 @@ def check_label(files: list[Path]) -> dict:
     values, counts = np.unique(voxels, return_counts=True)
     slope = float(image.dataobj.slope)
     values = values * slope + float(image.dataobj.inter)
-    stored_whole = np.issubdtype(image.get_data_dtype(), np.integer)  # then to half a step of the scale
+    stored_whole = np.issubdtype(image.get_data_dtype(), np.integer)  # scaled: precise to half a step
     tolerance = max(1e-4, min(0.1, 0.51 * abs(slope))) if stored_whole else 1e-4
     whole = np.isfinite(values) & (np.abs(values - np.round(values)) < tolerance)
     if not whole.all():
@@ -130,7 +131,7 @@ def check_label(files: list[Path]) -> dict:
 
 
 def check_header(files: list[Path], min_size: int) -> dict:
-    """What the header of a NIfTI file says, without its voxels: shape, spacing in mm, orientation, affine to RAS mm.
+    """The grid of a NIfTI file by its header (see `check_grid`); no voxel is read.
 
     Args:
         files: the NIfTI file, or the .hdr and .img of a pair.
@@ -156,7 +157,7 @@ def check_header(files: list[Path], min_size: int) -> dict:
                 raise Unusable("Analyze 7.5, not NIfTI: its orientation is unknown")
             raise Unusable(f"not a volume in NIfTI format but a {type(image).__name__}")
         file.seek(0)
-        raw_header = image.header_class.from_fileobj(file, check=False)  # a checked one has zero spacing mended
+        raw_header = image.header_class.from_fileobj(file, check=False)  # nibabel's check would replace zero spacing
 
     shape = without_ones(image.shape)
     dtype = image.get_data_dtype()
@@ -170,14 +171,19 @@ def check_header(files: list[Path], min_size: int) -> dict:
     spacing = nib.affines.voxel_sizes(image.affine)
     if int(raw_header["sform_code"]) == 0:  # then the affine comes from the spacing in the header
         spacing = np.abs(raw_header["pixdim"][1:4])
-    if not np.isfinite(image.affine).all() or not np.isfinite(spacing).all() or min(spacing) <= 0:
+    return check_grid(shape, spacing, image.affine)
+
+
+def check_grid(shape: Sequence[int], spacing: np.ndarray, affine: np.ndarray) -> dict:
+    """The grid of a scan, whatever its format: shape, spacing in mm, orientation and affine to RAS mm.
+
+    Raises:
+        Unusable: when its geometry cannot be.
+    """
+    if not np.isfinite(affine).all() or not np.isfinite(spacing).all() or min(spacing) <= 0:
         raise Unusable(f"zero or non-finite voxel spacing ({by(spacing)} mm)")
-    if abs(np.linalg.det(image.affine[:3, :3] / spacing)) < 1e-3:
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise Unusable("singular affine: its axes do not span three dimensions")
-    return _grid(shape, spacing, image.affine)
-
-
-def _grid(shape: Sequence[int], spacing: np.ndarray, affine: np.ndarray) -> dict:
     return {
         "shape": [int(n) for n in shape[:3]],
         "spacing": [float(s) for s in spacing],
@@ -202,12 +208,12 @@ def _read_nifti(files: list[Path], min_size: int) -> tuple[dict, nib.Nifti1Pair,
 
 
 def check_dicom(files: list[Path], min_size: int) -> dict:
-    """Reads a DICOM series as training will; returns its shape, spacing, orientation and the order of its files."""
+    """Reads a DICOM series as training will; returns its grid (see `check_grid`) and the order of its files."""
     voxels, affine, order = read_dicom(files, min_size)
     low, high = _value_range(voxels)
     if low == high:
         raise Unusable("all voxels have the same value")
-    return _grid(voxels.shape, nib.affines.voxel_sizes(affine), affine) | {"order": order}
+    return check_grid(voxels.shape, nib.affines.voxel_sizes(affine), affine) | {"order": order}
 
 
 def _value_range(voxels: np.ndarray) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The datalist of a data set: its scans found, checked, split by subject and reported."""
+"""Datalists: the scans of a data set found, checked, split by subject and reported."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from ..io.load import files_of
 from .cache import CheckCache
 from .check import check_scans
 from .find import Found, find_pairs, find_scans
-from .folders import is_dicom
 from .labels import label_values
-from .lists import write_datalist
+from .listing import is_dicom, write_datalist
 from .naming import name_scans
 from .options import DatasetOptions
 from .report import refuse, report
@@ -34,7 +33,7 @@ MIN_SIZE = 2  # voxels along each side, where no crop is cut out
 
 
 def prepare_datalist(options: DatasetOptions) -> dict[str, list[dict]]:
-    """The scans to train and to validate on; those of the test split are left out.
+    """The scans to train and to validate on, without those of the test split.
 
     Returns:
         {"training": [...], "validation": [...]}, no subject in both. Items are JSON-serialisable: "image" (path of a
@@ -43,53 +42,44 @@ def prepare_datalist(options: DatasetOptions) -> dict[str, list[dict]]:
 
     Raises:
         FileNotFoundError: when ``dataset_dir`` does not exist.
-        ValueError: naming the unusable scans, unless ``skip_unreadable``; when no usable scan is left to train on; when
-            a path does not match ``subject_pattern``; when ``max_subjects`` is out of its range.
+        ValueError: naming the unusable scans, unless ``skip_unreadable``; when no scan is left to train on; when a path
+            does not match ``subject_pattern``; when ``max_subjects`` is out of its range.
     """
     found = _find_and_check(find_scans, options, hold_out_test)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, ("training", "validation"))
+    return _lists(found, options, "training", "validation")
 
 
 def prepare_pairs(options: DatasetOptions) -> dict[str, list[dict]]:
     """The images with label maps to train, to validate and to test on.
 
     Returns:
-        {"training": [...], "validation": [...], "test": [...]}; items as of `prepare_datalist`, with the path of the
-        "label", too.
+        {"training": [...], "validation": [...], "test": [...]}; items as of `prepare_datalist` with a "label" path.
 
     Raises:
         FileNotFoundError: when ``dataset_dir`` does not exist.
-        ValueError: as `prepare_datalist`; also naming all pairs that do not fit: no label map, a label map without an
+        ValueError: as `prepare_datalist`, and naming all pairs that do not fit: no label map, a label map without an
             image, another shape or affine, label values that are no class.
     """
     found = _find_and_check(find_pairs, options)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, ("training", "validation", "test"))
+    return _lists(found, options, "training", "validation", "test")
 
 
 def prepare_test_scans(options: DatasetOptions) -> list[dict]:
-    """The scans to evaluate on, with or without label maps: the test split, else that for validation, else all.
-
-    Returns:
-        items as of `prepare_datalist`.
-    """
+    """The items of the scans to evaluate on: the test split, else that for validation, else all."""
     return _test_items(find_scans, options)
 
 
 def prepare_test_pairs(options: DatasetOptions) -> list[dict]:
-    """The images with label maps to evaluate on: the test split, else that for validation, else all.
-
-    Returns:
-        items as of `prepare_pairs`.
-    """
+    """The items of the images with label maps to evaluate on: the test split, else that for validation, else all."""
     return _test_items(find_pairs, options)
 
 
 def check_pairs(items: Sequence[Mapping], options: DatasetOptions) -> None:
-    """Checks pairs that a client such as MONAI Label lists itself, as `prepare_pairs` checks those that it finds.
+    """Checks pairs that a client such as MONAI Label lists, as `prepare_pairs` checks those that it finds.
 
     Args:
         items: with "image", the path of a NIfTI file or the list of a DICOM series' files, and "label".
@@ -114,12 +104,8 @@ def check_pairs(items: Sequence[Mapping], options: DatasetOptions) -> None:
     refuse(found, root, "Correct or remove their label maps.")
 
 
-def _find_and_check(
-    find: Callable[[DatasetOptions, CheckCache], Found],
-    options: DatasetOptions,
-    choose: Callable[[Found, DatasetOptions], None] | None = None,
-) -> Found:
-    """Finds scans, chooses among them, reads the chosen and names the usable ones."""
+def _find_and_check(find: Callable[..., Found], options: DatasetOptions, choose: Callable | None = None) -> Found:
+    """Finds scans, chooses among them, reads the chosen ones and names the usable ones."""
     with CheckCache(options.output_dir) as cache:
         found = find(options, cache)
         if choose:
@@ -130,18 +116,12 @@ def _find_and_check(
     return found
 
 
-def _lists(found: Found, options: DatasetOptions, splits: Sequence[str]) -> dict[str, list[dict]]:
+def _lists(found: Found, options: DatasetOptions, *splits: str) -> dict[str, list[dict]]:
     """The items of each split, which are also written to `datalist.json`."""
-    shared = ("training", "validation")
-    lists = {
-        split: [
-            item
-            for scan in found.usable
-            if scan.split == split or (scan.split == "both" and split in shared)
-            for item in scan.items()
-        ]
-        for split in splits
-    }
+    lists = {split: [] for split in splits}
+    for scan in found.usable:
+        for split in ("training", "validation") if scan.split == "both" else (scan.split,):
+            lists.get(split, []).extend(scan.items())
     if not lists["training"]:
         raise ValueError(
             f"nothing to train on in {options.dataset_dir}: all its usable {found.kind} are for validation or testing. "
@@ -152,7 +132,7 @@ def _lists(found: Found, options: DatasetOptions, splits: Sequence[str]) -> dict
     return lists
 
 
-def _test_items(find: Callable[[DatasetOptions, CheckCache], Found], options: DatasetOptions) -> list[dict]:
+def _test_items(find: Callable[..., Found], options: DatasetOptions) -> list[dict]:
     found = _find_and_check(find, replace(options, min_size=MIN_SIZE), keep_test)
     report(found, options)
     return [item for scan in found.usable for item in scan.items()]
@@ -167,21 +147,20 @@ class LazyDatalist(Mapping):
     Args:
         prepare: returns the lists.
         args: its arguments.
-        kwargs: its keyword arguments.
     """
 
-    def __init__(self, prepare: Callable[..., dict[str, list[dict]]], *args, **kwargs) -> None:
-        self._prepare = partial(prepare, *args, **kwargs)
+    def __init__(self, prepare: Callable[..., dict[str, list[dict]]], *args) -> None:
+        self._prepare = partial(prepare, *args)
 
     @cached_property
-    def _lists(self) -> dict[str, list[dict]]:
+    def lists(self) -> dict[str, list[dict]]:
         return self._prepare()
 
     def __getitem__(self, split: str) -> list[dict]:
-        return self._lists[split]
+        return self.lists[split]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._lists)
+        return iter(self.lists)
 
     def __len__(self) -> int:
-        return len(self._lists)
+        return len(self.lists)

@@ -23,16 +23,13 @@ logger = logging.getLogger("sspformer")
 MIN_SIZE = 2  # voxels along each side
 
 
-def find_inputs(
-    dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None, num_workers: int = 2
-) -> list[dict]:
+def find_inputs(dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None) -> list[dict]:
     """Finds the scans of a file, folder, DICOM series or datalist, and reads their headers; label maps are left out.
 
     Args:
         dataset_dir: a NIfTI file, which may be named like a label map; a folder, searched recursively for NIfTI files
             and DICOM series; or a datalist (JSON), of which all lists are taken.
         output_dir: not searched, so that results are not taken for scans.
-        num_workers: threads that read headers.
 
     Returns:
         the items, sorted by path and JSON-serialisable: "image" (path, or the list of a DICOM series' files), "name"
@@ -44,27 +41,24 @@ def find_inputs(
         FileNotFoundError: when ``dataset_dir`` does not exist.
         ValueError: when there is no scan at all, or ``output_dir`` is a file or the searched folder itself.
     """
-    options = DatasetOptions(dataset_dir, output_dir, num_workers=num_workers)
-    dataset_dir, output_dir = options.dataset_dir, options.output_dir
+    options = DatasetOptions(dataset_dir, output_dir)
+    source, output_dir = options.dataset_dir, options.output_dir
     if output_dir and output_dir.is_file():
         raise ValueError(f"output_dir {output_dir} is a file: give a folder.")
-    if output_dir and dataset_dir.is_dir() and output_dir.resolve() == dataset_dir.resolve():
+    if output_dir and source.is_dir() and output_dir.resolve() == source.resolve():
         raise ValueError(
             f"output_dir {output_dir} is dataset_dir itself, where the next run would take results for scans: "
             f"give another folder, such as {output_dir / 'output'}."
         )
     found = find_scans(options, CheckCache(), use_dataset_json=False)
+    counts = f"{len(found.label_maps)} label maps and {found.others} other files"
     if not found.scans:
-        raise ValueError(
-            f"no scan in {dataset_dir}, which must be {found.layout}. Found: {len(found.label_maps)} label maps and "
-            f"{found.others} other files."
-        )
-    if found.label_maps:
-        logger.info(f"{len(found.label_maps)} label maps in {dataset_dir} are left out.")
+        raise ValueError(f"no scan in {source}, which must be {found.layout}. Found: {counts}.")
+    logger.info(f"{len(found.scans)} scans in {source}; {counts} are left out.")
     thread_map(_check, found.scans, max_workers=options.num_workers, desc="reading headers", disable=None)
     found.scans.sort(key=lambda scan: (scan.relative, scan.series))
-    name_scans(found.scans, dataset_dir.name, stem_first=True)
-    return [_item(scan, options) for scan in found.scans]
+    name_scans(found.scans, source.name, stem_first=True)
+    return [_item(scan, source.name) for scan in found.scans]
 
 
 def _check(scan: Scan) -> None:
@@ -77,9 +71,9 @@ def _check(scan: Scan) -> None:
         scan.reason = reason_of(error)
 
 
-def _item(scan: Scan, options: DatasetOptions) -> dict:
-    item = {"name": scan.name, "source": str(scan.relative)}
-    if scan.series and len(scan.files) > 1:
-        folder = scan.relative.parent
-        item["source"] = str(folder) if folder.parts else options.dataset_dir.name
-    return item | ({"reason": scan.reason} if scan.reason else {"image": scan.items()[0]["image"]})
+def _item(scan: Scan, root_name: str) -> dict:
+    folder = scan.relative.parent
+    source = (str(folder) if folder.parts else root_name) if len(scan.files) > 1 and scan.series else str(scan.relative)
+    files = [str(file) for file in scan.files]
+    result = {"reason": scan.reason} if scan.reason else {"image": files if scan.series else files[0]}
+    return {"name": scan.name, "source": source} | result

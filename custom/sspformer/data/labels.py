@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -41,13 +42,9 @@ def label_values(classes: int | Mapping | None) -> set[int] | None:
 
 def integer_ranges(values: Collection[int]) -> str:
     """Integers in words, as `0-3, 7`."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], value]
-        else:
-            runs.append([value, value])
-    words = [str(low) if low == high else f"{low}-{high}" if low >= 0 else f"{low} to {high}" for low, high in runs]
+    runs = itertools.groupby(enumerate(sorted(values)), lambda numbered: numbered[1] - numbered[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    words = [str(low) if low == high else f"{low}-{high}" if low >= 0 else f"{low} to {high}" for low, high in ends]
     return ", ".join(words[:MAX_VALUES]) + (", ..." if len(words) > MAX_VALUES else "")
 
 

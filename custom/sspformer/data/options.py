@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +17,22 @@ def _integer(value: object) -> int:
     return int(str(value))  # int() alone would take 2.7
 
 
-def _or_none(convert):
+def _or_none(convert: Callable) -> Callable:
     return lambda value: None if is_null(value) else convert(value)
 
 
 CONVERSIONS = {
-    "dataset_dir": (lambda value: Path(value).absolute(), "a path"),
-    "output_dir": (_or_none(Path), "a path or null"),
-    "classes": (_or_none(lambda value: value), "anything"),
-    "val_fraction": (float, "a number"),
-    "seed": (_integer, "an integer"),
-    "max_subjects": (_or_none(_integer), "an integer or null"),
-    "skip_unreadable": (flag, "true or false"),
-    "subject_pattern": (_or_none(str), "a regular expression or null"),
-    "min_size": (_integer, "an integer"),
-    "max_volumes": (_integer, "an integer"),
-    "num_workers": (lambda value: max(1, _integer(value)), "an integer"),
+    "dataset_dir": lambda value: Path(value).absolute(),
+    "output_dir": _or_none(Path),
+    "classes": _or_none(lambda value: value),
+    "val_fraction": float,
+    "seed": _integer,
+    "max_subjects": _or_none(_integer),
+    "skip_unreadable": flag,
+    "subject_pattern": _or_none(lambda value: re.compile(str(value)).pattern),
+    "min_size": _integer,
+    "max_volumes": _integer,
+    "num_workers": lambda value: max(1, _integer(value)),
 }
 
 
@@ -76,12 +77,12 @@ class DatasetOptions:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
-        for name, (convert, what) in CONVERSIONS.items():
+        for name, convert in CONVERSIONS.items():
             value = getattr(self, name)
             try:
-                object.__setattr__(self, name, convert(value))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name} must be {what}, got {value!r}.") from error
+                object.__setattr__(self, name, convert(value))  # the class is frozen for everybody else
+            except (TypeError, ValueError, re.error) as error:
+                raise ValueError(f"{name} cannot be {value!r}: {error}") from error
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}.")
         for name, least in {"min_size": 2, "max_volumes": 1}.items():

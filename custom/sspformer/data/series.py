@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pydicom
+from tqdm.contrib.concurrent import thread_map
 
 from ..io.dicom_in import quiet_dicom
 from ..io.errors import reason_of
 from ..io.files import digest
+from .cache import CheckCache
 
-__all__ = ["dicom_header", "group_series", "read_header"]
+__all__ = ["dicom_header", "group_series", "read_headers"]
 
 MR_STORAGE = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # MR images, enhanced ones
 
@@ -34,8 +37,15 @@ def dicom_header(files: list[Path]) -> dict[str, str]:
     }
 
 
-def read_header(path: Path, cache) -> dict[str, str]:
-    """`dicom_header` from the cache, or the "reason" why the file has none."""
+def read_headers(files: Sequence[Path], cache: CheckCache, num_workers: int) -> dict[Path, dict[str, str]]:
+    """`dicom_header` of each file, or the "reason" why it has none."""
+    if not files:
+        return {}
+    read = partial(_read_header, cache=cache)
+    return dict(zip(files, thread_map(read, files, max_workers=num_workers, desc="reading headers", disable=None)))
+
+
+def _read_header(path: Path, cache: CheckCache) -> dict[str, str]:
     try:
         return cache.get(dicom_header, [path])
     except Exception as error:
@@ -49,8 +59,8 @@ def group_series(headers: Mapping[Path, dict], splits: Mapping[Path, str]) -> li
     file is a series of its own, unless it is part of a concatenation. Files that share the SOPInstanceUID are copies.
 
     Args:
-        headers: by file, see `dicom_header`.
-        splits: of the files; empty where a list does not say.
+        headers: of each file, see `dicom_header`.
+        splits: of each file; empty where no list says.
     """
     series: dict[tuple, list[Path]] = defaultdict(list)
     for path, head in headers.items():

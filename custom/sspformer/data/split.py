@@ -7,7 +7,7 @@ import logging
 import random
 
 from .find import Found
-from .lists import SPLITS
+from .listing import SPLITS
 from .options import DatasetOptions
 
 __all__ = ["hold_out_test", "keep_test", "split_subjects"]

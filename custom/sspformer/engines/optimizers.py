@@ -19,16 +19,16 @@ def weight_decay_groups(network: torch.nn.Module, weight_decay: float) -> list[d
 def layer_decay_groups(
     network: nn.Module, learning_rate: float, layer_decay: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict]:
-    """Parameter groups for AdamW, with layer-wise learning-rate decay in the encoder.
+    """Parameter groups for AdamW with layer-wise learning rates in the encoder.
 
-    The decoder learns at ``learning_rate``; the encoder's last block at ``layer_decay`` times that, the block before it
-    at ``layer_decay ** 2`` times, and so on to the patch embedding (Clark et al., arXiv 2003.10555; Bao et al.,
-    arXiv 2106.08254). Matrices and convolutions decay their weights; biases and norms do not.
+    The decoder learns at ``learning_rate``, the encoder's last block at ``layer_decay`` times that, the block before it
+    at ``layer_decay ** 2`` times that, and so on down to the patch embedding (Clark et al., arXiv 2003.10555; Bao et
+    al., arXiv 2106.08254). Weight decay is for matrices and convolutions, not for biases and norms.
 
     Args:
         network: with an ``encoder`` (:class:`sspformer.networks.Encoder`), or its parallel wrapper.
         learning_rate: of the decoder, above 0.
-        layer_decay: in (0, 1]; 1: one learning rate for all.
+        layer_decay: in (0, 1]; 1 is one learning rate for all.
         weight_decay: of AdamW, at least 0.
 
     Raises:

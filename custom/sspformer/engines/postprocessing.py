@@ -1,4 +1,4 @@
-"""What metrics and pictures need, added to an engine's output."""
+"""An engine's output with all that metrics and pictures need."""
 
 from __future__ import annotations
 
@@ -17,20 +17,17 @@ __all__ = ["Reconstruct", "unpack_targets"]
 
 
 class Reconstruct:
-    """Postprocessing of the validation: what metrics and pictures need, added to the engine's output.
+    """Postprocessing of pretraining's validation, which adds to the engine's output:
 
     - ``pred_masked``, ``true_masked``: predicted and clean masked patches ``(B, M, P)``;
     - ``pred_high``, ``true_high``: the same of the quarter of them with the highest energy, see :func:`patch_energy`;
-    - ``mean_masked``: every voxel predicted as the mean of the visible ones: what a network that learned nothing
-      reaches;
-    - ``reconstruction``, ``clean`` (B, C, *S): masked patches as predicted, visible ones as they are in the clean
-      image;
+    - ``mean_masked``: the mean of the visible voxels everywhere, which a network reaches that learned nothing;
+    - ``reconstruction``, ``clean`` (B, C, *S): the clean image, with the masked patches as predicted and without;
     - ``voxel_mask`` (B, 1, *S), and the ``patch_size``.
 
     Args:
         network: the masked autoencoder, for its patch size.
-        normalize_target: as in the loss; predictions are then brought back with the clean patch's mean and standard
-            deviation.
+        normalize_target: as in the loss; predictions then get the mean and standard deviation of the clean patch.
     """
 
     def __init__(self, network: torch.nn.Module, normalize_target: bool = False) -> None:
@@ -69,7 +66,7 @@ class Reconstruct:
 
 
 def unpack_targets(output: Mapping[str, Any], data_consistency: bool = False) -> dict[str, Any]:
-    """An engine's output with the ``clean`` and ``degraded`` of its targets beside ``pred``, for metrics and pictures.
+    """Output of restoration with ``clean`` and ``degraded`` of its targets beside ``pred``.
 
     Args:
         output: of a batch, or of one sample of it.

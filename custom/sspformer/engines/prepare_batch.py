@@ -1,4 +1,4 @@
-"""MONAI's ``prepare_batch``: noise, masks and lower resolution for a whole batch on the device."""
+"""Noise, masks and lower resolution for a whole batch on the device: ``prepare_batch`` of MONAI's engines."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["PrepareBatchOnDevice", "PrepareDegradedBatch", "PrepareMaskedBatch"]
 
 
 class PrepareBatchOnDevice(PrepareBatch, Randomizable):
-    """What both ``prepare_batch`` of ours share: a batch's images on the device, and a generator there.
+    """Base class: the images of a batch on the device, and a generator there.
 
     Args:
         image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor.
-        seed: of what is drawn; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+        seed: of all draws; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
     """
 
     def __init__(self, image_key: str = "image", seed: int = 0) -> None:
@@ -31,7 +31,7 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
         self.set_random_state(seed)
 
     def set_random_state(self, seed=None, state=None) -> PrepareBatchOnDevice:
-        """As of MONAI's Randomizable; the generator of the device starts anew as well."""
+        """As in MONAI's ``Randomizable``; the generator on the device starts anew, too."""
         super().set_random_state(seed, state)
         self._generator: torch.Generator | None = None
         self._device_seed = int(self.R.randint(2**31))
@@ -52,9 +52,7 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
 
 
 class PrepareMaskedBatch(PrepareBatchOnDevice):
-    """Noise and masks for a whole batch on the device: MONAI's ``prepare_batch`` of pretraining.
-
-    The masks are drawn from the clean image, the network sees the noisy one.
+    """``prepare_batch`` of pretraining: masks drawn from the clean image, and the noisy image that the network sees.
 
     Args:
         mask: a mask strategy, see :mod:`sspformer.transforms.masking`.
@@ -89,9 +87,9 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
 
 
 class PrepareDegradedBatch(PrepareBatchOnDevice):
-    """Degrades a batch of clean images on the device: MONAI's ``prepare_batch`` of the restoration tasks.
+    """``prepare_batch`` of restoration: degrades clean images.
 
-    Fourier transforms wrap around at the border of a crop, where a scan goes on. So crops come with a margin, which is
+    A Fourier transform wraps around at the border of a crop, where the scan goes on. So crops have a margin, which is
     degraded with them and then cut off.
 
     Args:
@@ -117,8 +115,8 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
     ) -> tuple[Tensor, dict[str, Tensor], tuple, dict]:
         """The four parts that MONAI's engines take: degraded image, targets ``clean`` and ``degraded``, nothing more.
 
-        All are ``(B, C, *S)`` with ``S`` less twice the margin. Of a sampler that draws factors the targets have
-        ``factor`` too, ``(B, len(S))``: they say which k-space was measured.
+        All are ``(B, C, *S)`` with ``S`` less twice the margin. Where resolution is lost, ``factor``, ``(B, len(S))``,
+        says which k-space was measured.
         """
         sides = tuple(batchdata[self.image_key].shape[2:])
         if min(sides) <= 2 * self.margin:
@@ -138,5 +136,5 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
 
     @property
     def drawn(self) -> Mapping[str, Tensor]:
-        """What the samples of the last batch were degraded by: ``sigma`` or ``factor``, as the sampler says."""
+        """The level of each sample of the last batch: the ``sigma`` or ``factor`` that the sampler drew."""
         return getattr(self.degradation, "drawn", {})

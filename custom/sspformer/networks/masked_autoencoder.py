@@ -15,7 +15,7 @@ __all__ = ["MaskedAutoencoder"]
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encode the visible patches of a noisy image, predict the masked patches of the clean one (docs/METHOD.md).
+    """Encode the visible patches of a noisy image, predict the masked patches of the clean one (docs/method.md).
 
     The masked autoencoder of He et al. (arXiv 2111.06377) with the decoder of Fu et al. ("CrossMAE", arXiv 2401.14391):
     every patch to predict is a mask token that attends to the visible tokens, not to the other mask tokens. In 3D a

@@ -1,12 +1,11 @@
-"""Masks. Ours is inverse frequency projection masking: hide patches where high-frequency anatomy sits (METHOD.md).
+"""Masks. Inverse frequency projection masking hides patches where high-frequency anatomy sits (docs/method.md).
 
 A mask strategy is any callable ``(image, spacing, generator) -> MaskIndices``: ``image``, clean images ``(B, C, *S)``;
 ``spacing``, mm, ``(B, len(S))``; ``generator``, on the image's device. Ours is :class:`InverseFrequencyMask`.
 
-The steps, in the order of the method: :func:`high_frequency_map` weighs k-space by a high-pass and projects it back,
-:func:`patch_energy` pools the map over the token grid, :func:`draw_mask` draws the masked patches.
-:func:`inverse_frequency_mask` is all of them, batched; :class:`RandInverseFrequencyMask` and
-:class:`RandInverseFrequencyMaskd` are for one image.
+Its steps: :func:`high_frequency_map` weighs k-space by a high-pass and projects it back, :func:`patch_energy` pools the
+map over the token grid, :func:`draw_mask` draws the patches. :func:`inverse_frequency_mask` does all three for a batch,
+:class:`RandInverseFrequencyMask` and :class:`RandInverseFrequencyMaskd` for one scan.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
+from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
@@ -69,8 +68,8 @@ def high_frequency_map(
 ) -> Tensor:
     """Steps 1 and 2: where high-frequency content sits, ``h = |F^-1(W F(x))|`` averaged over channels.
 
-    The image is mirrored by ``margin`` voxels first. A whole field of view ends in air, a crop through a head does not:
-    its jump from one border to the opposite one, which the Fourier transform sees, would outshine anatomy.
+    The image is first mirrored by ``margin`` voxels at its borders. A crop, unlike a whole field of view, does not end
+    in air: the Fourier transform would see a jump from one border to the opposite one, stronger than any anatomy.
 
     Args:
         image: clean images ``(B, C, *S)``; not the noisy ones, or noisy air looks like anatomy.
@@ -101,9 +100,9 @@ def patch_energy(
 ) -> tuple[Tensor, Tensor]:
     """Step 3: standardised log energy of the high-frequency map in each patch, and which patches are foreground.
 
-    A voxel is foreground where it is brighter than the mean of its image, as is common for MRI (TorchIO's
-    ``ZNormalization.mean``); a patch is where at least ``foreground_share`` of its voxels are. Neither scaling the
-    image nor adding a constant changes any of this.
+    A voxel is foreground if it is brighter than the mean of its image, as is common for MRI (TorchIO's
+    ``ZNormalization.mean``). A patch is, if at least ``foreground_share`` of its voxels are. Neither scaling the image
+    nor adding a constant changes anything.
 
     Args:
         image: clean images ``(B, C, *S)``.
@@ -138,7 +137,7 @@ def patch_energy(
 
 
 def _pool(volume: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Mean of ``(B, 1, *S)`` over each patch, ``(B, N)``; those at the end may be cut off: the encoder pads there."""
+    """Mean of ``(B, 1, *S)`` over each patch, ``(B, N)``; a patch at the end of an axis may be cut off."""
     pool = F.avg_pool2d if volume.ndim == 4 else F.avg_pool3d
     return pool(volume, tuple(patch_size), ceil_mode=True).flatten(1)
 
@@ -152,15 +151,15 @@ def draw_mask(
 ) -> MaskIndices:
     """Steps 4 to 6: draw exactly ``round(ratio * N)`` patches of each sample without replacement.
 
-    Gumbel top-k on ``beta * z``: adding standard Gumbel noise to log weights and taking the k largest is drawing k
-    without replacement with weights ``exp(beta * z)``. ``beta = 0`` is the uniform mask of a plain masked autoencoder.
+    Gumbel top-k: the k largest of ``beta * z`` plus standard Gumbel noise are k draws without replacement with weights
+    ``exp(beta * z)``. ``beta = 0`` is the uniform mask of a plain masked autoencoder.
 
     Args:
         z: standardised log energy ``(B, N)``.
         ratio: share of patches to mask, between 0 and 1; at least one patch stays visible and one is masked.
         beta: preference for high-frequency patches, a number or ``(B,)``.
-        foreground: ``(B, N)`` bool: foreground and background are then masked at the same ratio each (strata), so that
-            air does not fill the visible set. None: one stratum.
+        foreground: ``(B, N)`` bool. Foreground and background are strata, masked at the same ratio each, so that air
+            does not fill the visible set. None: one stratum.
         generator: source of the draw, on the device of ``z``.
 
     Raises:
@@ -277,7 +276,7 @@ class InverseFrequencyMask:
 
 
 class RandInverseFrequencyMask(SeededTransform):
-    """Voxel mask of one image ``(C, *S)`` by inverse frequency projection; spacing is read from a MetaTensor.
+    """Voxel mask of one image ``(C, *S)`` by inverse frequency projection.
 
     Returns a mask ``(1, *S)`` of the image's own grid and affine: 1 where masked, 0 where visible, uint8.
 
@@ -290,15 +289,9 @@ class RandInverseFrequencyMask(SeededTransform):
         super().__init__()
         self.patch_size, self.kwargs = patch_size, kwargs
 
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
-        if randomize:
-            self.randomize()
-        image = img.as_subclass(Tensor)[None]
+    def apply(self, image: Tensor, spacing: Tensor | None, generator: torch.Generator) -> Tensor:
         strategy = InverseFrequencyMask(self.patch_size, image.ndim - 2, **self.kwargs)
-        indices = strategy(image, kspace.spacing_of(img), self.generator(img.device))
-        mask = voxel_mask(indices, image.shape[2:], strategy.patch_size)[0]
-        return convert_to_dst_type(mask, img, dtype=torch.uint8)[0]
+        return voxel_mask(strategy(image, spacing, generator), image.shape[2:], strategy.patch_size).to(torch.uint8)
 
 
 class RandInverseFrequencyMaskd(SeededTransformd):
@@ -324,7 +317,5 @@ class RandInverseFrequencyMaskd(SeededTransformd):
         self.mask_key_postfix = mask_key_postfix
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[f"{key}_{self.mask_key_postfix}"] = self.transform(d[key])
-        return d
+        masks = {f"{key}_{self.mask_key_postfix}": self.transform(data[key]) for key in self.key_iterator(dict(data))}
+        return {**data, **masks}

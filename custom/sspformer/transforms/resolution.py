@@ -20,7 +20,7 @@ from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable, SpatialPad
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
+from monai.utils import convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
@@ -120,14 +120,8 @@ class RandReducedResolution(SeededTransform):
         super().__init__(prob)
         self.sampler = ResolutionSampler(**kwargs)
 
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
-        if randomize:
-            self.randomize()
-        if not self._do_transform:
-            return img
-        reduced = self.sampler(img.as_subclass(Tensor)[None], generator=self.generator(img.device))[0]
-        return convert_to_dst_type(reduced, img)[0]
+    def apply(self, image: Tensor, spacing: Tensor | None, generator: torch.Generator) -> Tensor:
+        return self.sampler(image, spacing, generator)
 
 
 class RandReducedResolutiond(SeededTransformd):
@@ -141,16 +135,7 @@ class RandReducedResolutiond(SeededTransformd):
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
-        super().__init__(keys, RandReducedResolution(prob=1.0, **kwargs), prob, allow_missing_keys)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        self.randomize(None)
-        self.transform.randomize()
-        for key in self.key_iterator(d):
-            untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
-            d[key] = self.transform(untouched, randomize=False) if self._do_transform else untouched
-        return d
+        super().__init__(keys, RandReducedResolution(**kwargs), prob, allow_missing_keys, shared=True)
 
 
 class RandDownsampledCrop(Randomizable):
