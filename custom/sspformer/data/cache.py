@@ -32,8 +32,8 @@ SAVE_EVERY = 30.0  # seconds
 class CheckCache:
     """Results of the check in ``scan_check.json``, by path, size and time of the files and by what was asked.
 
-    Only usable results are kept. Threads may share a cache. As a context manager it saves at the end, also when the
-    run is stopped.
+    Only usable results are kept. Threads may share a cache. It saves when its context ends, also when the run is
+    stopped, and every now and then, for a run that is killed.
 
     Args:
         output_dir: the folder of the file. None: nothing is kept.
@@ -41,9 +41,8 @@ class CheckCache:
 
     def __init__(self, output_dir: Path | None = None) -> None:
         self.file = output_dir / "scan_check.json" if output_dir else None
+        self._old, self._new = {}, {}
         self._lock, self._saved = threading.Lock(), time.monotonic()
-        self._new: dict[str, dict] = {}
-        self._old: dict[str, dict] = {}
         try:
             stored = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
             self._old = stored if isinstance(stored, dict) else {}
@@ -57,20 +56,20 @@ class CheckCache:
         self._new[key] = result if isinstance(result, dict) else function(files, *args)
         with self._lock:
             if time.monotonic() - self._saved >= SAVE_EVERY:
-                self.save()
+                self._save(self._old | self._new)
         return self._new[key]
 
-    def save(self) -> None:
+    def _save(self, results: dict[str, dict]) -> None:
         if self.file:
-            write_atomically(self.file, json.dumps(self._new.copy()))
+            write_atomically(self.file, json.dumps(results))
         self._saved = time.monotonic()
 
     def __enter__(self) -> CheckCache:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, stopped: type[BaseException] | None, *_) -> None:
         with self._lock:
-            self.save()
+            self._save(self._old | self._new if stopped else self._new)  # what nobody asked for is outdated
 
 
 class CachedDataset(PersistentDataset):

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ..options import flag, is_null
 
-__all__ = ["DatasetOptions"]
+__all__ = ["MIN_SIZE", "DatasetOptions"]
+
+MIN_SIZE = 2  # voxels along each side of any scan
 
 
 def _integer(value: object) -> int:
@@ -85,7 +87,7 @@ class DatasetOptions:
                 raise ValueError(f"{name} cannot be {value!r}: {error}") from error
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}.")
-        for name, least in {"min_size": 2, "max_volumes": 1}.items():
+        for name, least in {"min_size": MIN_SIZE, "max_volumes": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
