@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from ..io.errors import reason_of
 from ..io.files import NIFTI_SUFFIX
+from .bids import left_out_of_bids
 from .cache import CheckCache
 from .labels import label_values
 from .listing import existing, has_lists, is_dicom, nifti_files, pair_folders, read_datalist, read_json, scan_files
@@ -39,6 +40,7 @@ class Found:
     scans: list[Scan] = field(default_factory=list)
     held_out: list[Scan] = field(default_factory=list)  # of the test split, and not to be read
     label_maps: list[PurePosixPath] = field(default_factory=list)  # left out, for they are no scans
+    unasked: list[PurePosixPath] = field(default_factory=list)  # images of a BIDS data set left out, see `bids`
     others: int = 0  # files that are neither
     labelled: bool = False  # whether all scans must have label maps
     classes: set[int] | None = None  # values that label maps may hold; None: any
@@ -74,11 +76,16 @@ def find_scans(options: DatasetOptions, cache: CheckCache, use_dataset_json: boo
         source = source / "dataset.json"
     found = Found()
     if source.is_dir():
-        files = {}
+        files, unasked = {}, left_out_of_bids(source, options.bids_suffixes)
         for path in scan_files(source, skip=options.output_dir):
             relative = path_within(path, source)
             if NIFTI_SUFFIX.search(path.name) and is_label_path(relative):
                 found.label_maps.append(relative)
+            elif unasked(path):
+                if NIFTI_SUFFIX.search(path.name):
+                    found.unasked.append(relative)
+                else:
+                    found.others += 1
             else:
                 files[path] = {"split": "test" if relative.parts[0] == "imagesTs" else ""}
         _add_files(found, files, options, cache)
