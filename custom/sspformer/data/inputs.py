@@ -10,6 +10,7 @@ import nibabel as nib
 from tqdm.contrib.concurrent import thread_map
 
 from ..io.errors import Unusable, by, reason_of, without_ones
+from ..io.nifti import check_intent
 from .cache import CheckCache
 from .check import check_header
 from .find import find_scans
@@ -74,7 +75,8 @@ def _check(scan: Scan) -> None:
     try:
         if not scan.reason and not scan.series:
             check_header(scan.files, MIN_SIZE)
-            if len(shape := without_ones(nib.load(scan.files[0]).shape)) > 3:
+            check_intent(image := nib.load(scan.files[0]))
+            if len(shape := without_ones(image.shape)) > 3:
                 raise Unusable(f"4D (shape {by(shape)}): split it into 3D volumes first")
     except Exception as error:
         scan.reason = reason_of(error)

@@ -16,7 +16,16 @@ from monai.transforms import SaveImaged
 from .errors import Unusable, by, without_ones
 from .files import NIFTI_SUFFIX, output_path, replacing
 
-__all__ = ["SaveLikeInputd", "read_nifti", "save_like"]
+__all__ = ["SaveLikeInputd", "check_intent", "read_nifti", "save_like"]
+
+IMAGE_INTENTS = {0, 1001, 1011, 2001}  # none, estimates, without a dimension, time series
+
+
+def check_intent(image: nib.Nifti1Pair) -> None:
+    """Raises `Unusable` for what the header says is no image: statistics, labels, vectors, warps, colours."""
+    code = int(image.header["intent_code"])
+    if code not in IMAGE_INTENTS and code in nib.nifti1.intent_codes:
+        raise Unusable(f"no image but {nib.nifti1.intent_codes.label[code].strip()!r} by its header (intent {code})")
 
 
 def read_nifti(path: str | Path, volume: int | None = None) -> tuple[np.ndarray, np.ndarray]:
