@@ -84,7 +84,7 @@ def class_names(bundle_root: str | os.PathLike) -> list[str]:
     ``monai.bundle.load`` leaves ``bundle_root`` at the working directory. If that is no bundle, the one that holds this
     package is read.
     """
-    paths = [Path(root) / "configs" / "metadata.json" for root in (bundle_root, Path(__file__).parents[1])]
+    paths = [Path(root) / "configs" / "metadata.json" for root in (bundle_root, Path(__file__).parents[2])]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"no {paths[0]}: start in the bundle's folder, or name it with --bundle_root.")
