@@ -33,9 +33,13 @@ def report(found: Found, options: DatasetOptions) -> None:
     rows = [_row(scan, found.labelled) for scan in usable + found.unusable]
     left_out = {"label map": found.label_maps, "test scan": found.held_out}
     rows += [{"status": f"{what}, left out", "path": str(path)} for what, paths in left_out.items() for path in paths]
-    shown, labels = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
+    shown, more = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
+    if any(scan.target is not None for scan in usable):
+        more = ["target"]
+        for scan, row in zip(usable, rows):
+            row["target"] = options.classes[scan.target] if isinstance(scan.target, int) else f"{scan.target:g}"
     if options.output_dir:
-        write_csv(options.output_dir / "scans.csv", rows, [*shown, "status", "path", *labels])
+        write_csv(options.output_dir / "scans.csv", rows, [*shown, "status", "path", *more])
     if usable:
         logger.info(f"Scans in {options.dataset_dir}:\n{format_table(rows[: len(usable)], shown, max_rows=MAX_ROWS)}")
     for scan in found.unusable:

@@ -19,6 +19,14 @@ from .inferers import AutocastInferer, AutocastSlidingWindowInferer, fast_bfloat
 from .optimizers import layer_decay_groups, warmup_cosine, weight_decay_groups
 from .panels import Panel, ReconstructionPanel, RestorationPanel, SavePNGd, SegmentationPanel
 from .postprocessing import Reconstruct, unpack_targets
+from .predictions import (
+    PredictionPanel,
+    PredictionReport,
+    PredictionTable,
+    PrepareTargetBatch,
+    SavePredictiond,
+    standardize_head,
+)
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
 
@@ -34,9 +42,13 @@ __all__ = [
     "InferenceReport",
     "LoadCheckpoint",
     "Panel",
+    "PredictionPanel",
+    "PredictionReport",
+    "PredictionTable",
     "PrepareBatchOnDevice",
     "PrepareDegradedBatch",
     "PrepareMaskedBatch",
+    "PrepareTargetBatch",
     "Progress",
     "Reconstruct",
     "ReconstructionPanel",
@@ -46,6 +58,7 @@ __all__ = [
     "SaveCheckpoint",
     "SaveEncoder",
     "SavePNGd",
+    "SavePredictiond",
     "ScansFailed",
     "SeedEpoch",
     "SegmentationPanel",
@@ -62,6 +75,7 @@ __all__ = [
     "of_this_process",
     "save_atomically",
     "save_network",
+    "standardize_head",
     "unpack_targets",
     "warmup_cosine",
     "weight_decay_groups",

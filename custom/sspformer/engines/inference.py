@@ -98,8 +98,8 @@ def _mark(
 
 
 def _record_path(result: Path) -> Path:
-    """Path of the file that says what a NIfTI result was made from."""
-    return result.with_name(result.name.removesuffix(".nii.gz") + ".json")
+    """Path of the file that says what a result was made from."""
+    return result.with_name(result.name.removesuffix(".nii.gz").removesuffix(".csv") + ".json")
 
 
 def _source(record: str) -> str:
@@ -237,9 +237,9 @@ class InferenceReport:
             write_atomically(*self.records[name])
         self.add(name, "failed" if reason else "written", round(time.perf_counter() - self.clock, 2), reason)
 
-    def add(self, name: str, status: str, seconds: float | str = "", reason: str = "") -> None:
-        values = (name, status, seconds, reason, self.sources.get(name, ""))
-        self.rows.append(dict(zip(self.COLUMNS, values)))
+    def add(self, name: str, status: str, seconds: float | str = "", reason: str = "", **more: Any) -> None:
+        row = {"name": name, "status": status, "seconds": seconds, "reason": reason, **more}
+        self.rows.append(row | {"source": self.sources.get(name, "")})
         write_csv(self.path, self.rows, self.COLUMNS)
 
     def count(self, engine: Engine) -> None:
