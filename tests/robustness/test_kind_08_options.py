@@ -303,7 +303,7 @@ def test_all_none_and_null_mean_no_limit(data, tmp_path):
         ({"seed": "x"}, "seed"),
         ({"num_workers": "x"}, "num_workers"),
         pytest.param({"num_workers": -5}, "num_workers", marks=fails("no bound")),
-        pytest.param({"subject_pattern": "(("}, "subject_pattern", marks=fails("an error of re")),
+        ({"subject_pattern": "(("}, "subject_pattern"),
         ({"skip_unreadable": "perhaps"}, "skip_unreadable"),
         ({"classes": "2"}, "classes"),
     ],
