@@ -164,12 +164,21 @@ def test_what_is_no_file_is_no_scan_and_stops_nothing(make, name, tmp_path):
         assert good == ["good1"]
 
 
-@pytest.mark.parametrize("make", [pipe, broken_link, folder])
-def test_what_is_no_file_is_refused_by_name_when_it_is_the_data_set_itself(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        pytest.param(pipe, ("pipe", "no file", "not a file"), marks=fails("a pipe is called an empty file")),
+        (broken_link, ("does not exist", "no such file")),
+        (folder, ("no scan", "no usable scan")),
+    ],
+)
+def test_what_is_no_file_is_refused_by_name_when_it_is_the_data_set_itself(make, says, tmp_path):
     make(tmp_path / "one.nii.gz")
     for function in (datalist, inputs):
         found = in_child(function, tmp_path / "one.nii.gz", seconds=4)
-        assert not found and found.named and "one.nii.gz" in found.error, f"{found.kind}: {found.error}"
+        text = found.error or " ".join(item.get("reason", "") + item["source"] for item in found.value)
+        assert found or found.named, f"{found.kind}: {found.error}"
+        assert "one.nii.gz" in text and any(word in text for word in says), text
 
 
 @pytest.mark.parametrize("make", [pipe, broken_link, folder])
