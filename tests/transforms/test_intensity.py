@@ -39,7 +39,9 @@ def test_a_small_object_is_scaled_by_its_maximum_in_all_workflows(workflow, tmp_
     assert ((image - 1 / 3).abs() < 1e-3).sum() >= 8
 
 
-def test_an_image_of_one_value_becomes_air_and_percentiles_ascend():
-    assert not ScaleByPercentilesd("image")({"image": torch.full((1, 4, 4, 4), 7.0)})["image"].any()
+def test_an_image_of_one_value_is_refused_and_percentiles_ascend():
+    for lower in (0.5, None):
+        with pytest.raises(ValueError, match="^image: all voxels have the same value, 7"):
+            ScaleByPercentilesd("image", lower)({"image": torch.full((1, 4, 4, 4), 7.0)})
     with pytest.raises(ValueError, match="^lower and upper must be ascending .* got 99 and 1"):
         ScaleByPercentilesd("image", 99, 1)
