@@ -43,20 +43,9 @@ MODELS = {
             {"epochs": 15, "crops_per_scan": 2, "val_interval": 5, "layer_decay": 0.75, "learning_rate": 0.001},
         ],
     ),
-    "hippocampus": (
-        "train",
-        ["hippocampus"],
-        [
-            HIPPOCAMPUS,
-            {**HIPPOCAMPUS, "learning_rate": 0.001},
-        ],
-    ),
+    "hippocampus": ("train", ["hippocampus"], [HIPPOCAMPUS, {**HIPPOCAMPUS, "learning_rate": 0.001}]),
     "denoising": ("train", ["denoising"], [{"epochs": 36, "val_interval": 9}]),
-    "super_resolution": (
-        "train",
-        ["super_resolution"],
-        [{"epochs": 36, "crops_per_scan": 64, "val_interval": 9}],
-    ),
+    "super_resolution": ("train", ["super_resolution"], [{"epochs": 36, "crops_per_scan": 64, "val_interval": 9}]),
 }
 
 
