@@ -125,7 +125,7 @@ def central_region(foreground: Tensor, size: Sequence[int]) -> tuple[slice, ...]
 def bundle_config(workflow: str, task: str, device: str, peer: str | None = None) -> ConfigParser:
     """The bundle's ``train.json`` or ``inference.json`` with the overlays of a restoration task and of a peer."""
     parser = ConfigParser()
-    files = [BUNDLE / "configs" / f"{name}.json" for name in (workflow, task)]
+    files = [BUNDLE / "configs" / f"{name}.json" for name in (workflow, "restoration", task)]
     parser.read_config([*files, *([CONFIGS / f"{peer}.json"] if peer else [])])
     parser["bundle_root"], parser["device"] = str(BUNDLE), device
     return parser

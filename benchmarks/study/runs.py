@@ -112,7 +112,7 @@ class Study:
             fixed = {
                 "dataset_dir": lists,
                 "cache_dir": self.work_dir / "cache",
-                "image_size": [protocol.CROP] * 3,
+                "crop_size": [protocol.CROP] * 3,
                 "crops_per_scan": 1,
                 "epochs": epochs,
                 "val_interval": max(1, epochs // 4),
@@ -136,7 +136,7 @@ class Study:
         overlays = [*setup["overlays"], *([protocol.CONFIGS / f"{start}.json"] if peer else [])]
 
         def run() -> None:
-            options = {"pretrained": self.encoder(start, seed), "max_val_scans": 4}
+            options = {"pretrained": self.encoder(start, seed), "validate#max_scans": 4}
             self.fine_tune(task, n_labels, seed, steps, overlays, options, output)
             self.evaluate(task, overlays, output, output / "evaluation")
 
@@ -160,7 +160,7 @@ class Study:
             "dataset_dir": self.labelled(task),
             "seed": seed,
             "batch_size": protocol.TASKS[task]["batch"],
-            "max_subjects": n_labels,
+            "data_options#max_subjects": n_labels,
             "crops_per_scan": crops,
             "epochs": epochs,
             "val_interval": epochs,
@@ -186,10 +186,10 @@ class Study:
                     "pretrained": self.encoder(start, seed),
                     "crops_per_scan": crops,
                     "val_interval": settings["epochs"],
-                    "max_val_scans": 3,
+                    "validate#max_scans": 3,
                     "cache_dir": self.work_dir / "cache",
                 }
-                overlays = [task, *([protocol.CONFIGS / f"{start}.json"] if peer else [])]
+                overlays = ["restoration", task, *([protocol.CONFIGS / f"{start}.json"] if peer else [])]
                 self.bundle("training", "train", overlays, as_options(options), output)
             command = [sys.executable, "-m", f"benchmarks.restoration.{task}", "--data", self.data, *evaluation]
             part = output / "quality.part.csv"
@@ -226,9 +226,9 @@ class Study:
             "dataset_dir": self.labelled(task),
             "weights": run / "models" / "model.pt",
             "max_pictures": 1,
-            "additional_metrics": "{}",
+            "evaluation#additional_metrics": "{}",
         }
-        self.bundle("evaluating", "evaluate", overlays, as_options(options), output)
+        self.bundle("evaluating", "train", [*overlays, "evaluate"], as_options(options), output)
 
     def run_of(self, task: str, n_labels: int, start: str, seed: int) -> Path:
         """Output folder of a fine-tuning."""

@@ -44,7 +44,8 @@ def write_minc(path):
 
 
 def write_npy(path):
-    np.save(path, head())
+    with open(path, "wb") as file:  # np.save would add its suffix
+        np.save(file, head())
 
 
 def write_zip(path):
@@ -116,7 +117,6 @@ CONTENTS = {
     "an annex pointer": ("a.nii.gz", lambda whole: b"/annex/objects/MD5E-s1--aa.nii.gz\n", [("annex", "datalad")]),
     "zstandard": ("a.nii.gz", lambda whole: b"\x28\xb5\x2f\xfd" + bytes(500), [("zst", "zstandard")]),
     "bzip2": ("a.nii.gz", lambda whole: b"BZh91AY" + bytes(500), ["bzip2"]),
-    "swapped twice": ("a.nii", lambda whole: b"\0\0\1\x5d" + whole[4:], ["header"]),
 }
 
 
@@ -159,6 +159,7 @@ def test_a_nan_origin_is_called_an_origin(tmp_path):
         {"magic": b"xyz"},
         {"bitpix": 3},
         {"sizeof_hdr": 0},
+        {"sizeof_hdr": 349},
         {"sform_code": 99},
         {"qform_code": -3},
         {"quatern_b": 5, "sform_code": 0, "qform_code": 1},

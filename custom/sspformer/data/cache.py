@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from monai.data import PersistentDataset
+from monai.data.utils import pickle_hashing
 from monai.utils import convert_to_tensor
 
 from ..io.files import digest, replacing, stats, write_atomically
@@ -78,7 +80,18 @@ class CachedDataset(PersistentDataset):
     MONAI moves each file from the system's temporary folder. On another file system that is a copy, and a kill or a
     second reader meets half of it. Here a file is written beside its place and renamed. One that cannot be read is made
     again, while MONAI knows only one of the errors that half a file raises.
+
+    Its name is a hash of the item (:func:`file_hashing`) and of the transforms. The affine is kept.
+
+    Args:
+        data: the items.
+        transform: what comes before its first random transform is kept.
+        cache_dir: folder of the files; several runs may share it.
     """
+
+    def __init__(self, data: Sequence[Mapping], transform: Callable, cache_dir: str | os.PathLike) -> None:
+        hashing = {"hash_func": file_hashing, "hash_transform": pickle_hashing}
+        super().__init__(data, transform, cache_dir, track_meta=True, **hashing)
 
     def _cachecheck(self, item_transformed: Any) -> Any:
         if self.cache_dir is None:

@@ -130,8 +130,8 @@ def _lists(found: Found, options: DatasetOptions, *splits: str) -> dict[str, lis
     return lists
 
 
-def _test_items(find: Callable[..., Found], options: DatasetOptions) -> list[dict]:
-    found = _find_and_check(find, replace(options, min_size=MIN_SIZE), keep_test)
+def _test_items(find: Callable[..., Found], options: DatasetOptions, choose: Callable = keep_test) -> list[dict]:
+    found = _find_and_check(find, replace(options, min_size=MIN_SIZE), choose)
     report(found, options)
     return [item for scan in found.usable for item in scan.items()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +48,9 @@ class DatasetOptions:
         dataset_dir: the data set, see :mod:`sspformer.data`.
         output_dir: gets ``scans.csv`` (a row for each scan), ``datalist.json`` (the split, a ``dataset_dir`` for later
             runs) and ``scan_check.json`` (spares unchanged files another reading). None: nothing is written.
-        classes: the values that label maps may hold: n for 0 to n - 1, or a mapping such as {"0": "background", ...} or
-            nnU-Net's {"background": 0, ...}. None: the "labels" of dataset.json if it has them, else any integers.
+        classes: the values that label maps may hold: n for 0 to n - 1, names of those from 1 on, or a mapping such as
+            {"0": "background", ...} or nnU-Net's {"background": 0, ...}. None: the "labels" of dataset.json if it has
+            them, else any integers.
         val_fraction: fraction of the subjects to validate on, in [0, 1), unless the data set has a list "validation".
             Above 0 it means one subject at least; a single subject serves for both, with a warning.
         seed: of the split and of the choice of ``max_subjects``. The same subjects and seed give the same split.
@@ -68,7 +69,7 @@ class DatasetOptions:
 
     dataset_dir: str | os.PathLike
     output_dir: str | os.PathLike | None = None
-    classes: int | Mapping | None = None
+    classes: int | Sequence[str] | Mapping | None = None
     val_fraction: float = 0.15
     seed: int = 0
     max_subjects: int | None = None

@@ -34,9 +34,13 @@ def report(found: Found, options: DatasetOptions) -> None:
     left_out = {"label map": found.label_maps, "test scan": found.held_out}
     rows += [{"status": f"{what}, left out", "path": str(path)} for what, paths in left_out.items() for path in paths]
     rows += [{"status": f"left out: {what}", "path": str(path)} for path, what in found.foreign.items()]
-    shown, labels = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
+    shown, more = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
+    if any(scan.target is not None for scan in usable):
+        more = ["target"]
+        for scan, row in zip(usable, rows):
+            row["target"] = options.classes[scan.target] if isinstance(scan.target, int) else f"{scan.target:g}"
     if options.output_dir:
-        write_csv(options.output_dir / "scans.csv", rows, [*shown, "status", "path", *labels])
+        write_csv(options.output_dir / "scans.csv", rows, [*shown, "status", "path", *more])
     if usable:
         logger.info(f"Scans in {options.dataset_dir}:\n{format_table(rows[: len(usable)], shown, max_rows=MAX_ROWS)}")
     for scan in found.unusable:
@@ -44,9 +48,8 @@ def report(found: Found, options: DatasetOptions) -> None:
     summary = _summary(found)
     logger.info(summary + (f" All rows are in {options.output_dir / 'scans.csv'}." if options.output_dir else ""))
     if not options.skip_unreadable:
-        raise_if_unusable(
-            found, options.dataset_dir, "Repair or remove them, or pass --skip_unreadable true to leave them out."
-        )
+        hint = "Repair or remove them, or pass --data_options#skip_unreadable true to leave them out."
+        raise_if_unusable(found, options.dataset_dir, hint)
     if not usable and not found.held_out:
         raise ValueError(f"no usable scan in {options.dataset_dir}, which must be {found.layout}. Found: {summary}")
     if found.labelled:

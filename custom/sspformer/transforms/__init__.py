@@ -1,5 +1,6 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
+from .crops import crop_range
 from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
 from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
@@ -58,6 +59,7 @@ __all__ = [
     "SeededTransform",
     "SeededTransformd",
     "argmax_on_grid",
+    "crop_range",
     "draw_mask",
     "frequency_weighted_noise",
     "high_frequency_map",
