@@ -26,6 +26,7 @@ import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from monai.data.utils import affine_to_spacing
 from monai.handlers import MLFlowHandler
 from monai.transforms import Spacingd
 
@@ -118,9 +119,9 @@ class ResampleSpacingd(Spacingd):
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         own = {key: data[key] for key in self.keys if key in data}
         for image in super().__call__(own, lazy=True).values():
-            pixdim = self.spacing_transform.pixdim.tolist()
+            spacing = " x ".join(f"{size:.3g}" for size in affine_to_spacing(image.peek_pending_affine()).tolist())
             name = image.meta.get("filename_or_obj", "the scan")
-            check_resampled_shape(image.peek_pending_shape(), f"spacing {pixdim} mm", name)
+            check_resampled_shape(image.peek_pending_shape(), f"a spacing of {spacing} mm", name)
         return {**data, **super().__call__(own, lazy)}
 
 
