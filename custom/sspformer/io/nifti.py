@@ -105,6 +105,8 @@ def check_header(path: Path, min_size: int = 2) -> tuple[nib.Nifti1Pair, dict]:
         raise error if isinstance(error, Unusable) else Unusable(f"corrupt NIfTI header: {error}") from error
 
     shape = without_ones(image.shape)
+    if min(shape, default=0) < 1:
+        raise Unusable(f"corrupt NIfTI header: its shape is {by(shape)}")
     dtype = image.get_data_dtype()
     if dtype.names or dtype.kind not in "iufb":
         kind = "complex numbers" if dtype.kind == "c" else "a colour image (RGB)" if dtype.names else str(dtype)
