@@ -1,4 +1,4 @@
-"""Inputs drawn at random, family by family: each ends in a named error, or in what nibabel, pydicom or the generator say.
+"""Inputs drawn at random, family by family: each ends in a named error, or in what nibabel or pydicom read.
 
 2,000 inputs, or as many as SSPFORMER_FUZZ says, always the same ones. A failure prints its family and number;
 `SSPFORMER_FUZZ_ONE=nifti:17 pytest tests/robustness/test_fuzz.py` draws that one alone."""

@@ -22,8 +22,9 @@ class ScaleByPercentilesd(MapTransform, InvertibleTransform):
 
     ``lower`` becomes 0, ``upper`` becomes 1, and what lies beyond is clipped. The numbers are those of MONAI's
     ``ScaleIntensityRangePercentilesd``, but for two cases. Both percentiles of a small object in a large field of view
-    are the value of the air. MONAI leaves such an image unscaled; here its maximum takes the place of ``upper``. And air
-    that was filled with a value inside the range of the tissue (see :func:`sspformer.intensity.inner_fill`) becomes 0.
+    are the value of the air. MONAI leaves such an image unscaled; here its maximum takes the place of ``upper``. And
+    air that was filled with a value inside the range of the tissue becomes 0, see
+    :func:`sspformer.intensity.inner_fill`.
 
     Without ``lower`` the image becomes a magnitude, which can be inverted: it is divided by ``upper``. If its air does
     not lie near 0, as in a scan that was z-scored or has an offset, that of the air is subtracted first.
