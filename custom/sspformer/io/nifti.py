@@ -197,7 +197,7 @@ class SaveLikeInputd(SaveImaged):
 def save_like(volume: MetaTensor, path: str | Path, rounded: bool = True) -> None:
     """Write a volume as NIfTI, atomically, with the space and type of the file that was read (``filename_or_obj``).
 
-    - Space: on the file's grid, the affine is kept bit by bit, with qform, sform, their codes and unit. On another grid,
+    - Space: on the file's grid, the affine is kept bit by bit, with qform, sform, codes and unit. On another grid,
       both are adapted to it. Volumes from DICOM are in scanner coordinates.
     - Type: a label map (integers) is written as it is. An image is rounded and clipped to the type of the file if that
       is an integer type without a scale factor, and is float32 otherwise.
