@@ -6,13 +6,12 @@ import logging
 import os
 from collections.abc import Sequence
 
-import nibabel as nib
 from tqdm.contrib.concurrent import thread_map
 
 from ..io.errors import Unusable, by, reason_of, without_ones
-from ..io.nifti import check_intent
+from ..io.files import printable
+from ..io.nifti import check_header, check_intent
 from .cache import CheckCache
-from .check import check_header
 from .find import find_scans
 from .naming import name_scans
 from .options import MIN_SIZE, DatasetOptions
@@ -61,10 +60,11 @@ def find_inputs(
     if left_out:
         more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
         logger.info(f"Left out as label maps, or as {UNASKED}: {', '.join(map(str, left_out[:MAX_NAMED]))}{more}.")
-    counts = f"{len(left_out)} label maps and images of other kinds and {found.others} other files"
+    others = found.others + len(found.foreign)
+    counts = f"{len(left_out)} label maps and images of other kinds and {others} other files"
     if not found.scans:
-        raise ValueError(f"no scan in {source}, which must be {found.layout}. Found: {counts}.")
-    logger.info(f"{len(found.scans)} scans in {source}; {counts} are left out.")
+        raise ValueError(f"no scan in {source}, which must be {found.layout}. Found: {counts}{found.advice}.")
+    logger.info(printable(f"{len(found.scans)} scans in {source}; {counts} are left out{found.advice}."))
     thread_map(_check, found.scans, max_workers=options.num_workers, desc="reading headers", disable=None)
     found.scans.sort(key=lambda scan: (scan.relative, scan.series))
     name_scans(found.scans, source.name, stem_first=True)
@@ -74,8 +74,8 @@ def find_inputs(
 def _check(scan: Scan) -> None:
     try:
         if not scan.reason and not scan.series:
-            check_header(scan.files, MIN_SIZE)
-            check_intent(image := nib.load(scan.files[0]))
+            image, _ = check_header(scan.files[0], MIN_SIZE)
+            check_intent(image)
             if len(shape := without_ones(image.shape)) > 3:
                 raise Unusable(f"4D (shape {by(shape)}): split it into 3D volumes first")
     except Exception as error:
