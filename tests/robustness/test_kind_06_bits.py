@@ -11,8 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data.utils import pickle_hashing
-from monai.transforms import Compose
 from odd_inputs import (
     BUNDLE,
     datalist,
@@ -32,15 +30,13 @@ from odd_inputs import (
 )
 from torch import nn
 
-from sspformer.data import CachedDataset, file_hashing
+from sspformer.data import CachedDataset
 from sspformer.engines import StrictCheckpointLoader
-from sspformer.io import LoadScand
 from sspformer.networks import SSPFormerEncoder, load_pretrained
 
 ENCODER = {"patch_size": 8, "dim": 24, "depth": 2, "num_heads": 2}
 
 
-@fails("the rest of a .nii.gz, with its check sum, is not read")
 def test_no_flipped_bit_of_a_nii_gz_changes_what_is_read(tmp_path):
     path = nifti(tmp_path / "a.nii.gz")
     whole, voxels = path.read_bytes(), load(path)[0].numpy()
@@ -56,7 +52,6 @@ def test_no_flipped_bit_of_a_nii_gz_changes_what_is_read(tmp_path):
     assert not accepted, f"{len(accepted)} of {len(bits)} flipped bits changed the voxels"
 
 
-@fails("the rest of a .nii.GZ, with its check sum, is not read")
 def test_the_same_under_another_name(tmp_path):
     nifti(tmp_path / "a.nii.gz")
     path = (tmp_path / "a.nii.gz").rename(tmp_path / "a.nii.GZ")
@@ -64,7 +59,6 @@ def test_the_same_under_another_name(tmp_path):
     refused(load, path, says="a.nii.GZ")
 
 
-@fails("the rest of a .nii.gz, with its check sum, is not read")
 @pytest.mark.parametrize("damage", ["check sum", "length", "no trailer", "half a trailer"])
 def test_a_damaged_end_of_a_nii_gz_fails_one_scan_of_a_batch(damage, tmp_path):
     for name in ("bad", "good"):
@@ -144,11 +138,12 @@ def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path):
         assert refused(run, "train", data, output, **settings, says=says), damage
 
 
+def voxels_of(item):
+    return {"image": load(item["image"]).as_tensor()}
+
+
 def cached(folder):
-    data = [{"image": str(folder / "a1.nii.gz")}]
-    transform = Compose([LoadScand("image")])
-    options = {"hash_func": file_hashing, "hash_transform": pickle_hashing, "track_meta": False}
-    return CachedDataset(data, transform, folder / "cache", **options)
+    return CachedDataset([{"image": str(folder / "a1.nii.gz")}], voxels_of, folder / "cache")
 
 
 def zipped(content) -> bytes:
