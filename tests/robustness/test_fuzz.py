@@ -122,7 +122,7 @@ BOUNDS = {"spacing": (0.01, 20), "field of view": (2, 2500), "origin": 1e4, "axe
 
 
 def impossible(affine, shape) -> str:
-    """What of a geometry is beyond the bounds of README.md; empty if nothing is."""
+    """What of a geometry is beyond the bounds of docs/inputs.md; empty if nothing is."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     low, high = BOUNDS["spacing"]
     if not (spacing > 0.99 * low).all() or not (spacing < 1.01 * high).all():
