@@ -49,19 +49,9 @@ MEMORY = 2 << 30
 
 #: What fails today, by family: remove a line with the fault. A line that no input needs fails the test.
 KNOWN = {
-    "nifti": {
-        "geometry": "issue 17.1: bounds on spacing, field of view, origin and axes",
-        "units": "issue 17.1: metres and microns are not converted",
-        "bits": "issue 17.6: gzip's check sum is not read",
-        "vague": "issue 17.12: an error that is named by its type",
-        "memory": "issue 17.11: what a header claims is allocated",
-    },
     "dicom": {
         "vague": "issue 17.12: an error that is named by its type",
-        "geometry": "issue 17.1: bounds on spacing and origin",
-        "memory": "issue 17.11: what a header claims is allocated",
     },
-    "label": {"geometry": "issue 17.1: bounds on spacing"},
     "weights": {
         "bits": "issue 17.6: the zip's check sums are not compared",
         "unnamed": "issue 17.12: odd keys and values",
@@ -123,7 +113,7 @@ BOUNDS = {"spacing": (0.01, 20), "field of view": (2, 2500), "origin": 1e4, "axe
 
 
 def impossible(affine, shape) -> str:
-    """What of a geometry is beyond the bounds of README.md; empty if nothing is."""
+    """What of a geometry is beyond the bounds of docs/inputs.md; empty if nothing is."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     low, high = BOUNDS["spacing"]
     if not (spacing > 0.99 * low).all() or not (spacing < 1.01 * high).all():
