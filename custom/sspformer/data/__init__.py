@@ -28,6 +28,7 @@ from .datalist import (
     test_split,
     warn_of_overlap,
 )
+from .device_loader import DeviceLoader, ScanBuffer
 from .find import (
     Scan,
     datalist_of,
@@ -46,6 +47,8 @@ from .naming import is_label_path, known_subject_of, subject_of
 from .pairs import check_pairs, prepare_pairs, prepare_test_data
 
 __all__ = [
+    "DeviceLoader",
+    "ScanBuffer",
     "Cache",
     "CachedDataset",
     "LazyDatalist",

@@ -1,5 +1,7 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
+from .batched import BatchedBiasField, BatchedContrast, BatchedNoise, BatchedResolution, BatchedSkullStrip
+from .crops import CropSampler, resample
 from .grid import InvertArgmaxd, KeepAffined, argmax_on_grid
 from .intensity import LeaveQuietd, ScaleBetweenPercentilesd, ScaleByPercentiled
 from .masking import (
@@ -36,6 +38,13 @@ from .seeded import SeededTransform, SeededTransformd
 from .skull_stripping import RandSkullStripd
 
 __all__ = [
+    "BatchedBiasField",
+    "BatchedContrast",
+    "BatchedNoise",
+    "BatchedResolution",
+    "BatchedSkullStrip",
+    "CropSampler",
+    "resample",
     "DataConsistencyd",
     "FourierResampled",
     "InvertArgmaxd",
