@@ -1,5 +1,6 @@
 """Batches drawn where the network is: complete epochs, the same draws again, and the same wherever the scans lie."""
 
+import numpy as np
 import pytest
 import torch
 from monai.data import Dataset, MetaTensor
@@ -81,3 +82,22 @@ def test_settings_that_make_no_sense(options, message):
         loader(**options)
     with pytest.raises(ValueError, match="no scan"):
         DeviceLoader(Dataset([]), CropSampler((8, 8, 8)), 1)
+
+
+def test_crops_with_little_foreground_are_drawn_again():
+    image = torch.zeros(1, 40, 40, 40)
+    image[:, :14, :14, :14] = 1
+    scans = Dataset([{"image": MetaTensor(image)}])
+    shares = []
+    for foreground in (0.0, 0.5):
+        made = DeviceLoader(scans, CropSampler((8, 8, 8)), 200, crops_per_scan=200, foreground=foreground)
+        shares.append((next(iter(made))["image"] > 0.5).float().mean().item())
+    assert shares[1] > 3 * shares[0]
+
+
+def test_beyond_its_ends_a_scan_is_mirrored():
+    image = torch.rand(1, 6, 5, 4)
+    scans = Dataset([{"image": MetaTensor(image)}])
+    crop = next(iter(DeviceLoader(scans, CropSampler((14, 9, 12), mirror=True), 1)))["image"][0, 0]
+    wanted = torch.from_numpy(np.pad(image[0].numpy(), ((4, 4), (2, 2), (4, 4)), mode="symmetric"))
+    assert torch.equal(crop, wanted)

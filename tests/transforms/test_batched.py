@@ -5,9 +5,11 @@ import pytest
 import torch
 from monai.transforms import AdjustContrast, RandBiasField
 
+from sspformer import kspace
 from sspformer.transforms import (
     BatchedBiasField,
     BatchedContrast,
+    BatchedDownsampling,
     BatchedNoise,
     BatchedResolution,
     BatchedSkullStrip,
@@ -82,3 +84,42 @@ def test_skulls_are_stripped_as_one_by_one():
 def test_settings_that_make_no_sense(bad):
     with pytest.raises(ValueError, match="^(prob|gamma) must be"):
         BatchedContrast(**bad)
+
+
+@pytest.mark.parametrize("shape", [(12, 10, 7), (11, 8)])
+def test_downsampling_is_fourier_resampling_of_each_window(shape):
+    transform = BatchedDownsampling(shape, factor=(1.0, 2.0), prob=0.8)
+    n, window = 40, transform.window
+    image = torch.rand(n, 1, *window, generator=seeded(5))
+    affine = torch.eye(4).repeat(n, 1, 1)
+    affine[:, 2, 2] = 3.0
+    spacing = torch.tensor([1.0, 1.0, 3.0][: len(shape)]).repeat(n, 1)  # the third axis is coarse already
+    after = transform({"image": image, "spacing": spacing, "affine": affine}, seeded(1))
+    assert after["image"].shape == (n, 1, *shape)
+    factors = set()
+    for i in range(n):
+        step = after["spacing"][i] / spacing[i]
+        start = torch.linalg.inv(affine[i]) @ after["affine"][i]
+        torch.testing.assert_close(start[:3, :3].diagonal()[: len(shape)], step)
+        windows, sizes, inner = [slice(None)], [], [slice(None)]
+        for axis, (side, whole) in enumerate(zip(shape, window)):
+            wrap = 4 if step[axis] > 1 else 0
+            found = [
+                (length, round(length / f))
+                for f in np.linspace(1, 2, 2001)
+                for length in [round((side + 2 * wrap) * f)]
+                if abs(length / round(length / f) - float(step[axis])) < 1e-5
+                if abs((whole - length) // 2 + (round(length / f) - side) // 2 * step[axis] - start[axis, 3]) < 1e-3
+            ]
+            assert len(set(found)) == 1 or not wrap
+            length, size = found[0] if wrap else (side, side)
+            first = (whole - length) // 2
+            windows.append(slice(first, first + length))
+            sizes.append(size)
+            inner.append(slice((size - side) // 2, (size - side) // 2 + side))
+            corner = first + (size - side) // 2 * length / size
+            assert abs(float(start[axis, 3]) - corner) < 1e-3
+        wanted = kspace.fourier_resample(image[i][tuple(windows)][None], sizes)[0][tuple(inner)]
+        torch.testing.assert_close(after["image"][i], wanted, atol=2e-5, rtol=0)
+        factors.add(round(float(step[0]), 3))
+    assert 1.0 in factors and len(factors) > 5

@@ -29,6 +29,8 @@ RESIDENCES = ("device", "host", "disk")
 MEMORY_SHARE = 0.5
 #: scans after which it is judged whether all of them will fit
 PROBED = 8
+#: places that are drawn for a crop which is to have foreground, and the stride at which its voxels are looked at
+TRIES, COARSE = 8, 4
 #: batches that are drawn ahead where the scans do not lie on the network's device
 PREFETCH = 2
 
@@ -81,13 +83,14 @@ class ScanBuffer:
             setattr(self, name, moved)
         return self
 
-    def crops(self, index: Tensor, matrix: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
+    def crops(self, index: Tensor, matrix: Tensor, size: Sequence[int], mirror: bool = False) -> dict[str, Tensor]:
         """One crop of each scan of ``index``.
 
         Args:
             index: numbers of scans, ``(B,)``.
             matrix: from voxels of the crops to voxels of the scans, ``(B, 3, 4)``, see :class:`CropSampler`.
             size: sides of the crops, three numbers.
+            mirror: beyond its ends a scan is mirrored, in place of air.
 
         Returns:
             For each key crops ``(B, 1, *size)``: integers by the nearest voxel, all else interpolated, float32. Beside
@@ -95,7 +98,7 @@ class ScanBuffer:
         """
         where = (self.offset[index], self.shape[index], matrix, size)
         found = {
-            key: resample(voxels, *where, nearest=not voxels.is_floating_point())[:, None]
+            key: resample(voxels, *where, nearest=not voxels.is_floating_point(), mirror=mirror)[:, None]
             for key, voxels in self.voxels.items()
         }
         last = self.affine.new_zeros(len(index), 1, 4)
@@ -126,10 +129,13 @@ class DeviceLoader(Randomizable):
         augmentation: callables ``(batch, generator) -> batch`` that run on the whole batch, in this order.
         residence: where the scans lie: "device", "host" or "disk"; "auto": the first of these of whose free memory they
             take at most half.
+        foreground: share of voxels above ``threshold`` that a crop is to have, 0 to 1; a place is drawn up to ``TRIES``
+            times. Air is soon learnt.
+        threshold: intensity above which a voxel is no air.
         num_workers: processes that preprocess the scans, before the first epoch.
 
     Raises:
-        ValueError: if ``residence`` is unknown, a number is below 1, or the dataset is empty.
+        ValueError: if ``residence`` is unknown, a number is out of its range, or the dataset is empty.
     """
 
     #: every process draws the whole global batch: seeds must not depend on the process
@@ -145,17 +151,22 @@ class DeviceLoader(Randomizable):
         keys: Sequence[str] = ("image",),
         augmentation: Sequence[Callable[[dict, torch.Generator], dict]] = (),
         residence: str = "auto",
+        foreground: float = 0.0,
+        threshold: float = 0.1,
         num_workers: int = 0,
     ) -> None:
         if residence not in ("auto", *RESIDENCES):
             raise ValueError(f"residence must be auto, {', '.join(RESIDENCES)}, got {residence!r}.")
         if min(batch_size, crops_per_scan) < 1:
             raise ValueError(f"batch_size and crops_per_scan must be 1 or more, got {batch_size} and {crops_per_scan}.")
+        if not 0 <= foreground <= 1:
+            raise ValueError(f"foreground must be between 0 and 1, got {foreground}.")
         if not len(dataset):
             raise ValueError("there is no scan to take crops of.")
         self.dataset, self.crop, self.batch_size, self.device = dataset, crop, batch_size, torch.device(device)
         self.crops_per_scan, self.keys, self.augmentation = crops_per_scan, tuple(keys), tuple(augmentation)
         self.residence, self.num_workers = residence, num_workers
+        self.foreground, self.threshold = foreground, threshold
         self._buffer: ScanBuffer | None = None
         self.set_random_state(0)
 
@@ -225,15 +236,30 @@ class DeviceLoader(Randomizable):
         Returns:
             crops ``(B, 1, *crop_size)``, ``affine`` (B, 4, 4) and ``spacing`` (B, len(crop_size)), augmented.
         """
-        matrix = self.crop(buffer.shape[index], buffer.spacing[index], generator)
+        matrix = self.place(buffer, index, generator)
         first = idist.get_rank() * self.batch_size
         own = slice(first, first + self.batch_size)
-        batch = buffer.crops(index[own], matrix[own], self.crop.size)
+        batch = buffer.crops(index[own], matrix[own], self.crop.size, self.crop.mirror)
         if self.crop.spatial_dims == 2:
             batch |= {key: batch[key][..., 0] for key in self.keys} | {"spacing": batch["spacing"][:, :2]}
         for transform in self.augmentation:
             batch = transform(batch, generator)
         return batch
+
+    def place(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Matrices of the crops ``(B, 3, 4)``: of ``TRIES`` draws the first with foreground enough, else the last."""
+        if self.foreground == 0:
+            return self.crop(buffer.shape[index], buffer.spacing[index], generator)
+        tries = index.repeat(TRIES)
+        matrix = self.crop(buffer.shape[tries], buffer.spacing[tries], generator)
+        coarse = torch.cat([matrix[:, :, :3] * COARSE, matrix[:, :, 3:]], dim=2)
+        size = [-(-side // COARSE) for side in self.crop.size]
+        seen = resample(buffer.voxels[self.keys[0]], buffer.offset[tries], buffer.shape[tries], coarse, size)
+        share = (seen > self.threshold).flatten(1).float().mean(dim=1)
+        enough = (share >= self.foreground).reshape(TRIES, -1)
+        enough[-1] = True
+        chosen = enough.to(torch.uint8).argmax(dim=0)
+        return matrix.reshape(TRIES, -1, 3, 4)[chosen, torch.arange(len(index), device=index.device)]
 
     def _draw_on_host(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         buffer = self._buffer

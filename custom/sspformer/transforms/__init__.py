@@ -1,6 +1,13 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
-from .batched import BatchedBiasField, BatchedContrast, BatchedNoise, BatchedResolution, BatchedSkullStrip
+from .batched import (
+    BatchedBiasField,
+    BatchedContrast,
+    BatchedDownsampling,
+    BatchedNoise,
+    BatchedResolution,
+    BatchedSkullStrip,
+)
 from .crops import CropSampler, resample
 from .grid import InvertArgmaxd, KeepAffined, argmax_on_grid
 from .intensity import LeaveQuietd, ScaleBetweenPercentilesd, ScaleByPercentiled
@@ -40,6 +47,7 @@ from .skull_stripping import RandSkullStripd
 __all__ = [
     "BatchedBiasField",
     "BatchedContrast",
+    "BatchedDownsampling",
     "BatchedNoise",
     "BatchedResolution",
     "BatchedSkullStrip",

@@ -7,6 +7,7 @@ never depend on a draw, and nothing waits for the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,14 @@ from torch import Tensor
 from .noise import NoiseSampler, checked_range
 from .resolution import ResolutionSampler, reduce_resolution
 
-__all__ = ["BatchedBiasField", "BatchedContrast", "BatchedNoise", "BatchedResolution", "BatchedSkullStrip"]
+__all__ = [
+    "BatchedBiasField",
+    "BatchedContrast",
+    "BatchedDownsampling",
+    "BatchedNoise",
+    "BatchedResolution",
+    "BatchedSkullStrip",
+]
 
 
 def _chosen(prob: float, image: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -121,6 +129,84 @@ class BatchedResolution(_Batched):
             _chosen(self.prob, image, generator).flatten(1), self.sampler.factors(image, generator), 1.0
         )
         return {**batch, self.key: reduce_resolution(image, factors).clamp_min(0)}
+
+
+class BatchedDownsampling(_Batched):
+    """Crops on a coarser grid: k-space is cropped and the voxels grow, each sample by a factor of its own.
+
+    Noise falls and the anatomy stays real, see :class:`sspformer.transforms.RandDownsampledCrop`. The Fourier
+    transforms of all lengths are products with Dirichlet kernels, so one launch an axis serves the whole batch.
+
+    Args:
+        crop_size: sides of the crops afterwards.
+        factor: voxel size afterwards over that before, ``(low, high)`` or one number, 1 or more.
+        prob: share of the images that are changed; the others are cut to their middle.
+        max_spacing: mm; axes with coarser voxels keep them.
+        key: entry of the batch, of ``window`` voxels along each axis.
+
+    Attributes:
+        window: sides that the crops must have before.
+    """
+
+    WRAP = 4  # voxels at each end of the coarser grid, where the transform wraps around
+
+    def __init__(
+        self,
+        crop_size: Sequence[int],
+        factor: float | Sequence[float] = (1.0, 2.0),
+        prob: float = 1.0,
+        max_spacing: float = 1.5,
+        key: str = "image",
+    ) -> None:
+        super().__init__(prob, key)
+        self.crop_size, self.max_spacing = tuple(crop_size), max_spacing
+        self.factor = checked_range("factor", factor, 1, math.inf)
+        wrap = 2 * self.WRAP if self.factor[1] > 1 else 0
+        self.window = tuple(math.ceil((side + wrap) * self.factor[1]) for side in crop_size)
+
+    def __call__(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        image, spacing, affine = batch[self.key], batch["spacing"], batch["affine"].clone()
+        if tuple(image.shape[2:]) != self.window:
+            raise ValueError(
+                f"images must have {self.window} voxels to become {self.crop_size}, got {image.shape[2:]}."
+            )
+        factor = _uniform(self.factor, (image.shape[0], 1), image, generator)
+        chosen = _chosen(self.prob, image, generator).flatten(1) & (spacing <= self.max_spacing)
+        factor = torch.where(chosen, factor, 1.0)
+        image, steps, starts = image[:, 0], [], []
+        for axis, (size, window) in enumerate(zip(self.crop_size, self.window)):
+            f = factor[:, axis]
+            coarser = f > 1
+            before = torch.where(coarser, ((size + 2 * self.WRAP) * f).round(), float(size))
+            after = (before / f).round()
+            step = before / after
+            start = ((window - before) / 2).floor() + ((after - size) / 2).floor() * step
+            kernel = _dirichlet(size, window, before, after, start)
+            image = torch.einsum("bij,bj...->bi...", kernel, image.movedim(axis + 1, 1)).movedim(1, axis + 1)
+            steps.append(step)
+            starts.append(start)
+        n_axes = len(steps)
+        affine[:, :3, 3:] += affine[:, :3, :n_axes] @ torch.stack(starts, dim=1)[..., None]
+        affine[:, :3, :n_axes] *= torch.stack(steps, dim=1)[:, None]
+        return {**batch, self.key: image[:, None], "affine": affine, "spacing": spacing * torch.stack(steps, dim=1)}
+
+
+def _dirichlet(size: int, window: int, before: Tensor, after: Tensor, start: Tensor) -> Tensor:
+    """Kernels ``(B, size, window)`` that resample ``before`` voxels in the middle of a window to ``after`` ones, of
+    which those from ``start`` on are kept; all three ``(B,)``, in voxels."""
+    device = before.device
+    first = ((window - before) / 2).floor()[:, None]
+    voxel = torch.arange(window, device=device)[None]
+    to = start[:, None] + (before / after)[:, None] * torch.arange(size, device=device)  # in voxels of the window
+    distance = to[:, :, None] - voxel[:, None]
+    terms = (2 * (after / 2).floor() + 1)[:, None, None]
+    angle = math.pi * distance / before[:, None, None]
+    sine = angle.sin()
+    at_centre = sine.abs() < 1e-6
+    value = (terms * angle).sin() / torch.where(at_centre, 1.0, sine)
+    kernel = torch.where(at_centre, terms, value) / before[:, None, None]
+    kernel = torch.where((before > after)[:, None, None], kernel, (distance.abs() < 0.5).float())
+    return kernel * ((voxel >= first) & (voxel < first + before[:, None]))[:, None]
 
 
 class BatchedNoise(_Batched, Randomizable):

@@ -17,12 +17,18 @@ __all__ = ["CropSampler", "resample"]
 
 
 def resample(
-    voxels: Tensor, offset: Tensor, shape: Tensor, matrix: Tensor, size: Sequence[int], nearest: bool = False
+    voxels: Tensor,
+    offset: Tensor,
+    shape: Tensor,
+    matrix: Tensor,
+    size: Sequence[int],
+    nearest: bool = False,
+    mirror: bool = False,
 ) -> Tensor:
     """Crops of scans that lie one after the other in a flat tensor.
 
     Values between voxels are interpolated linearly. A voxel reaches half a voxel beyond its centre; further out there
-    is air, 0.
+    is air, 0, or the scan mirrored.
 
     Args:
         voxels: all scans, ``(total,)``, each with its last axis fastest.
@@ -31,6 +37,7 @@ def resample(
         matrix: of each crop, voxels of the crop to voxels of the scan, ``(B, 3, 4)``, float32.
         size: sides of the crops, three numbers.
         nearest: take the nearest voxel, for label maps.
+        mirror: beyond its ends a scan is mirrored.
 
     Returns:
         ``(B, *size)``: float32, or with ``nearest`` of the type of ``voxels``.
@@ -44,6 +51,8 @@ def resample(
         a, b, c, d = (matrix[:, axis, n, None, None, None] for n in range(4))
         side, stride = shape[:, axis, None, None, None], strides[:, axis, None, None, None]
         point = (a * i + d) + b * j + c * k  # B *size
+        if mirror:  # a triangle wave: -0.5 and side - 0.5 are the mirrors
+            point = (side - ((point + 0.5) % (2 * side) - side).abs()) - 0.5
         inside = inside & (point >= -0.5) & (point <= side - 0.5)
         if nearest:
             index = index + torch.minimum(point.round().clamp_min_(0), side - 1.0).long() * stride
@@ -76,6 +85,7 @@ class CropSampler:
         flip_prob: probability of a flip along each axis, one number or one for each axis.
         margin: how far a crop may reach beyond its scan, a share of its sides, 0 or more. A scan smaller than the crop
             lies in its middle.
+        mirror: beyond its ends a scan is mirrored, in place of air.
 
     Raises:
         ValueError: if a range is out of order or a share out of its range.
@@ -89,6 +99,7 @@ class CropSampler:
         prob: float = 1.0,
         flip_prob: float | Sequence[float] = 0.0,
         margin: float = 0.0,
+        mirror: bool = False,
     ) -> None:
         self.spatial_dims = len(crop_size)
         if self.spatial_dims not in (2, 3) or min(crop_size) < 1:
@@ -103,7 +114,7 @@ class CropSampler:
             raise ValueError(f"rotate and margin must be 0 or more, got {rotate} and {margin}.")
         self.size = tuple(int(side) for side in (*crop_size, 1)[:3])
         self.scale, self.rotate, self.prob, self.margin = bounds, rotate, prob, margin
-        self.flip_prob = (*flips, 0.0)[:3]
+        self.flip_prob, self.mirror = (*flips, 0.0)[:3], mirror
         self._constants: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def constants(self, device: torch.device) -> tuple[Tensor, ...]:
