@@ -20,8 +20,10 @@ from .panels import ReconstructionPanel, RestorationPanel, SavePictured, Segment
 from .postprocessing import Reconstruct, unpack_targets
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
+from .train_step import TrainStep
 
 __all__ = [
+    "TrainStep",
     "AutocastInferer",
     "AutocastSlidingWindowInferer",
     "EvaluationReport",
