@@ -101,7 +101,7 @@ class TrainStep:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler that is missing, of an operator that it does not know, ...
-            reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
             logger.warning(f"the training step runs without torch.compile: {type(error).__name__}: {reason}")
             compiled = self.loss
         for parameter in parameters:
