@@ -1,23 +1,24 @@
-"""Train the models that ship with the bundle, on the train splits of the manifest, and write them to bundle/models.
+"""Train the models that ship with the bundle, on the train splits, and write them to bundle/models.
 
-One process a model, through the bundle's own workflows; a killed run goes on where it stopped. Test subjects are never
-trained on. The encoder comes first: the others start from it. Hours of each are in bundle/docs/README.md.
+Each model trains in its own process, through the bundle's workflows; a killed run continues where it stopped. No test
+subject takes part. The encoder comes first, as the others start from it. docs/models.md has the training times.
 
-    python benchmarks/train_models.py --data_dir ../shared/data
+    python -m benchmarks.train_models --data data
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from study import DATA, PRETRAINING, ROOT, TASKS, Study, as_options
+from benchmarks.common import ROOT, add_runs, argument_parser
+from benchmarks.study.protocol import PRETRAINING, TASKS
+from benchmarks.study.runs import Study, as_options
 
 MODELS_DIR = ROOT / "bundle" / "models"
 ENCODER = MODELS_DIR / "pretrained" / "encoder.pt"
-#: of both stages of the hippocampus
+#: options of both stages of the hippocampus
 HIPPOCAMPUS = {
     "epochs": 60,
     "crops_per_scan": 1,
@@ -26,7 +27,7 @@ HIPPOCAMPUS = {
     "layer_decay": 0.75,
     "max_val_scans": 52,
 }
-#: model: workflow, overlays, options of the training, and of what goes on from there with a new schedule
+#: model: workflow, overlays, and options of each stage, which starts from the weights of the one before
 MODELS = {
     "pretrained": (
         "pretrain",
@@ -69,13 +70,11 @@ def datalist(study: Study, model: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, default=DATA, help="folder of manifest.csv")
+    parser = argument_parser(__doc__, data=True)
+    add_runs(parser, "models", jobs=1)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "models", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=1, help="how many runs, of other scripts, too, share the cores")
     args = parser.parse_args()
-    study = Study(args.data_dir, args.work_dir, args.jobs)
+    study = Study(args.data, args.work_dir, args.jobs)
     for model in args.models:
         workflow, overlays, stages = MODELS[model]
         trained = ENCODER

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.common import RESULTS, save_csv
+from benchmarks.restoration import super_resolution
+from benchmarks.restoration.evaluation import bundle_config
+from benchmarks.study import intervals, protocol, report, runs
+from benchmarks.study.hard_patches import HardPatchMask
 from sspformer.engines import EvaluationReport
 from sspformer.intensity import noise_level
 from sspformer.kspace import fourier_resample
-from sspformer.networks import MaskedAutoencoder
+from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder
 from sspformer.transforms import patch_energy
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import study  # noqa: E402
-import super_resolution  # noqa: E402
-from _restoration import bundle_config  # noqa: E402
-from hard_patches import HardPatchSampler  # noqa: E402
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def network() -> MaskedAutoencoder:
     torch.manual_seed(0)
-    return MaskedAutoencoder(dim=32, depth=1, num_heads=2, decoder_dim=24, decoder_depth=1, decoder_num_heads=1)
+    return MaskedAutoencoder(SSPFormerEncoder(dim=32, depth=1, num_heads=2), 24, 1, 1)
 
 
 def test_every_patch_is_hidden_once_or_twice_when_its_loss_is_measured(network, images, monkeypatch):
@@ -45,9 +42,9 @@ def test_every_patch_is_hidden_once_or_twice_when_its_loss_is_measured(network, 
     monkeypatch.setattr(
         network, "forward", lambda image, keep, mask: (seen.append(mask), forward(image, keep, mask))[1]
     )
-    sampler = HardPatchSampler(network, 8, amp=False)
+    mask = HardPatchMask(network, 8, amp=False)
     _, foreground = patch_energy(images, (8, 8, 8))
-    loss = sampler.patch_loss(images, foreground, torch.Generator().manual_seed(0))
+    loss = mask.patch_loss(images, foreground, torch.Generator().manual_seed(0))
     assert loss.shape == (2, 64) and (loss > 0).all() and not loss.requires_grad
     hidden = torch.cat(seen, dim=1)
     assert all(set(row.tolist()) == set(range(64)) for row in hidden)
@@ -55,9 +52,9 @@ def test_every_patch_is_hidden_once_or_twice_when_its_loss_is_measured(network, 
 
 def test_the_hardest_patches_are_hidden_and_the_rest_is_drawn(network, images, monkeypatch):
     loss = torch.arange(64.0).repeat(2, 1)  # the last are the hardest
-    monkeypatch.setattr(HardPatchSampler, "patch_loss", lambda *_: loss)
-    sampler = HardPatchSampler(network, 8, ratio=0.75, beta=0.5, amp=False)
-    masks = [sampler(images, None, torch.Generator().manual_seed(seed))[0].to_map() for seed in range(40)]
+    monkeypatch.setattr(HardPatchMask, "patch_loss", lambda *_: loss)
+    mask = HardPatchMask(network, 8, ratio=0.75, beta=0.5, amp=False)
+    masks = [mask(images, None, torch.Generator().manual_seed(seed)).to_map() for seed in range(40)]
     often = torch.stack(masks).float().mean(dim=(0, 1))
     assert all(mask.sum(dim=1).tolist() == [48, 48] for mask in masks)
     assert (often[-24:] == 1).all()  # half of 48, all of them foreground here
@@ -65,9 +62,9 @@ def test_the_hardest_patches_are_hidden_and_the_rest_is_drawn(network, images, m
 
 
 def test_no_network_is_asked_while_the_share_is_zero(network, images, monkeypatch):
-    monkeypatch.setattr(HardPatchSampler, "patch_loss", lambda *_: pytest.fail("measured for nothing"))
-    indices, energy, foreground = HardPatchSampler(network, 8, beta=0.0)(images, None, torch.Generator().manual_seed(0))
-    assert indices.mask.shape == (2, 48) and energy.shape == foreground.shape == (2, 64)
+    monkeypatch.setattr(HardPatchMask, "patch_loss", lambda *_: pytest.fail("measured for nothing"))
+    indices = HardPatchMask(network, 8, beta=0.0)(images, None, torch.Generator().manual_seed(0))
+    assert indices.mask.shape == (2, 48) and indices.keep.shape == (2, 16)
 
 
 def test_intervals_are_as_wide_as_the_seeds_differ():
@@ -75,10 +72,10 @@ def test_intervals_are_as_wide_as_the_seeds_differ():
     subjects = rng.normal(0, 0.02, 40)
     alike = np.stack([subjects, subjects, subjects]) + 0.8
     apart = alike + np.array([[-0.05], [0.0], [0.05]])
-    (low, high), (wide_low, wide_high) = study.interval(alike), study.interval(apart)
+    (low, high), (wide_low, wide_high) = intervals.interval(alike), intervals.interval(apart)
     assert high - low == pytest.approx(2 * 1.96 * subjects.std() / 40**0.5, rel=0.1)
     assert wide_high - wide_low > 4 * (high - low)
-    corrected = study.interval(apart, confidence=1 - 0.05 / 16)
+    corrected = intervals.interval(apart, confidence=1 - 0.05 / 16)
     assert corrected[0] < wide_low and corrected[1] > wide_high
 
 
@@ -90,7 +87,7 @@ def test_differences_are_paired_over_seeds_and_subjects():
         for (seed, subject), dice in base.items()
         for start, gain in (("scratch", 0.0), ("random", 0.0), ("scheduled_long", 0.01))
     ]
-    lines = {line["arm"]: line for line in study.compare(rows[::-1], ["task", "n_labels"], primary=2)}
+    lines = {line["arm"]: line for line in intervals.compare(rows[::-1], ["task", "n_labels"], primary=2)}
     difference = lines["scheduled_long - scratch"]
     assert difference["mean"] == difference["low"] == difference["high_corrected"] == 0.01  # no spread of its own
     assert lines["scratch"]["high"] - lines["scratch"]["low"] > 0.02
@@ -106,27 +103,27 @@ def test_seeds_are_paired_by_name_and_only_a_complete_comparison_counts():
         ]
 
     some = rows("scratch", (0, 1, 2), 0.0) + rows("scheduled_long", (0, 2), 0.01)
-    difference = study.compare(some, ["task"], primary=2)[-1]
+    difference = intervals.compare(some, ["task"], primary=2)[-1]
     assert difference["seeds"] == 2 and difference["low"] == difference["high"] == 0.01
     assert "low_corrected" not in difference
     every = some + rows("scheduled_long", (1,), 0.04)
-    difference = study.compare(every, ["task"], primary=2)[-1]
+    difference = intervals.compare(every, ["task"], primary=2)[-1]
     assert difference["mean"] == 0.02 and difference["low_corrected"] == 0.01
     assert difference["low_of_seeds"] == pytest.approx(0.02 - 4.303 * 0.01, abs=1e-4)  # t with 2 degrees of freedom
     with pytest.raises(ValueError, match="subjects"):
-        study.compare([row for row in every if (row["seed"], row["subject"]) != (1, "b")], ["task"], primary=2)
+        intervals.compare([row for row in every if (row["seed"], row["subject"]) != (1, "b")], ["task"], primary=2)
 
 
 def test_the_scores_of_an_evaluation_are_collected_with_and_without_artifacts(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
-    of = study.Study(tmp_path, tmp_path / "work", jobs=2)
+    of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
     for folder, dice in (("evaluation", 0.9), ("evaluation_low resolution", 0.6)):
-        report = EvaluationReport(
+        written = EvaluationReport(
             of.run_of("hippocampus", 126, "scheduled_long", 1) / folder, ["anterior", "posterior"]
         )
-        report.names, report.subjects, report.drawn = ["a"], ["a"], [{}]
-        report(SimpleNamespace(state=SimpleNamespace(metric_details={"dice": torch.tensor([[dice, dice]])})))
-    clean, robust = study.collect(of)
+        written.scans = [{"name": "a", "subject": "a"}]
+        written(SimpleNamespace(state=SimpleNamespace(metric_details={"dice": torch.tensor([[dice, dice]])})))
+    clean, robust = report.collect(of)
     assert len(clean) == len(robust) == 1 and robust[0]["artifact"] == "low resolution"
     assert clean[0]["dice"] == pytest.approx(0.9) and clean[0]["subject"] == "a" and clean[0]["n_labels"] == 126
     assert (clean[0]["start"], clean[0]["seed"]) == ("scheduled_long", 1)
@@ -134,17 +131,17 @@ def test_the_scores_of_an_evaluation_are_collected_with_and_without_artifacts(tm
 
 def test_no_run_starts_from_an_encoder_that_is_still_learning(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
-    of = study.Study(tmp_path, tmp_path / "work", jobs=2)
+    of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
     run = tmp_path / "work" / "pretrain" / "random_1"
     run.mkdir(parents=True)
-    (run / "history.csv").write_text(f"epoch\n{study.EPOCHS - 1}\n")
+    (run / "history.csv").write_text(f"epoch\n{protocol.EPOCHS - 1}\n")
     with pytest.raises(RuntimeError, match="random 1 is not complete"):
         of.encoder("random", 1)
     encoder = run / "models" / "pretrained" / "encoder.pt"
     encoder.parent.mkdir(parents=True)
     encoder.write_bytes(b"of the epoch before")
     os.utime(encoder, (1, 1))
-    (run / "history.csv").write_text(f"epoch\n{study.EPOCHS}\n")
+    (run / "history.csv").write_text(f"epoch\n{protocol.EPOCHS}\n")
     with pytest.raises(RuntimeError, match="random 1 is not complete"):  # killed before it wrote the last encoder
         of.encoder("random", 1)
     encoder.write_bytes(b"of the last epoch")
@@ -153,8 +150,8 @@ def test_no_run_starts_from_an_encoder_that_is_still_learning(tmp_path):
 
 def test_the_gain_of_restoration_is_over_the_degraded_image_and_a_subject_counts_once(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
-    of = study.Study(tmp_path, tmp_path, jobs=2)
-    settings = study.RESTORATION["denoising"][0]
+    of = runs.Study(tmp_path, tmp_path, jobs=2)
+    settings = protocol.RESTORATION["denoising"][0]
     run = tmp_path / f"denoising_{settings['epochs']}" / "random_long_0"
     run.mkdir(parents=True)
     rows = ["scan,subject,level,method,psnr"]
@@ -162,22 +159,22 @@ def test_the_gain_of_restoration_is_over_the_degraded_image_and_a_subject_counts
         for scan, subject, more in (("a_T1", "a", 0.0), ("a_T2", "a", 1.0), ("b_T1", "b", 0.0)):
             rows += [f"{scan},{subject},{level},input,30.0", f"{scan},{subject},{level},random_long,{30 + gain + more}"]
     (run / "quality.csv").write_text("\n".join(rows))
-    lines = study.collect_restoration(of)
+    lines = report.collect_restoration(of)
     gains = {(line["degradation"], line["subject"]): line["gain"] for line in lines}
     assert gains == {("0.01", "a"): 1.5, ("0.01", "b"): 1.0, ("0.09", "a"): 3.5, ("0.09", "b"): 3.0}
     assert {(line["start"], line["seed"]) for line in lines} == {("random_long", 0)}
-    means = study.mean_over(lines, "degradation", "gain", {"denoising": 2})
+    means = report.mean_over(lines, "degradation", "gain", {"denoising": 2})
     assert {line["subject"]: line["gain"] for line in means} == {"a": 2.5, "b": 2.0}
     assert (
-        study.mean_over([*lines[:-1], {**lines[-1], "seed": 1}], "degradation", "gain", {"denoising": 2})[0]["subject"]
+        report.mean_over([*lines[:-1], {**lines[-1], "seed": 1}], "degradation", "gain", {"denoising": 2})[0]["subject"]
         == "a"
     )
-    summary = study.compare(means, ["task"], None, "gain")
+    summary = intervals.compare(means, ["task"], None, "gain")
     assert summary[0]["mean"] == 2.25
 
 
-@pytest.mark.parametrize("peer", list(study.RESTORATION_PEERS))
-@pytest.mark.parametrize("task", list(study.RESTORATION))
+@pytest.mark.parametrize("peer", list(protocol.RESTORATION_PEERS))
+@pytest.mark.parametrize("task", list(protocol.RESTORATION))
 def test_peers_of_restoration_start_from_their_input(task, peer):
     config = bundle_config("train", task, "cpu", peer)
     network, image = config.get_parsed_content("network_def"), torch.rand(1, 1, 16, 16, 16)
@@ -204,27 +201,32 @@ def test_the_measured_kspace_of_the_scan_is_put_back_into_the_region():
 
 def test_the_reduced_matrix_is_part_of_the_full_one(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
-    namespace = {"arms": list(study.ARMS), "peers": list(study.PEERS), "tasks": list(study.TASKS), "seeds": [0, 1, 2]}
-    of = study.Study(tmp_path, tmp_path / "work", jobs=2)
-    reduced, full = (study.matrix(of, study.argparse.Namespace(**namespace, full=full)) for full in (False, True))
+    namespace = {
+        "arms": list(protocol.RUNNABLE),
+        "peers": list(protocol.PEERS),
+        "tasks": list(protocol.TASKS),
+        "seeds": [0, 1, 2],
+    }
+    of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
+    reduced, full = (runs.matrix(of, argparse.Namespace(**namespace, full=full)) for full in (False, True))
     for stage in ("pretrain", "segment", "restore", "robustness"):
         names = [cell.name for cell in reduced[stage]]
         assert len(set(names)) == len(names) and set(names) <= {cell.name for cell in full[stage]}
         assert not any(cell.complete() for cell in reduced[stage])
-    assert len(full["segment"]) == 3 * 2 * 3 * (1 + len(study.ARMS) + len(study.PEERS))
+    assert len(full["segment"]) == 3 * 2 * 3 * (1 + len(protocol.RUNNABLE) + len(protocol.PEERS))
 
 
 def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
-    of = study.Study(tmp_path, tmp_path / "work", jobs=2)
+    of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
     columns = "epoch,masked_error,high_frequency_error,ssim"
-    for seed, epoch, error in ((0, study.EPOCHS, 0.2), (1, study.EPOCHS, 0.4), (2, study.EPOCHS - 1, 0.9)):
+    for seed, epoch, error in ((0, protocol.EPOCHS, 0.2), (1, protocol.EPOCHS, 0.4), (2, protocol.EPOCHS - 1, 0.9)):
         run = tmp_path / "work" / "pretrain" / f"random_{seed}"
         run.mkdir(parents=True)
         (run / "history.csv").write_text(f"{columns}\n1,0.8,0.8,0.1\n{epoch},{error},0.5,0.6\n")
         (run / "models" / "pretrained").mkdir(parents=True)
         (run / "models" / "pretrained" / "encoder.pt").write_bytes(b"")
-    (line,) = study.collect_pretraining(of)
+    (line,) = report.collect_pretraining(of)
     assert line["arm"] == "random" and line["seeds"] == 2
     assert (line["masked_error"], line["masked_error_low"], line["masked_error_high"]) == (0.3, 0.2, 0.4)
 
@@ -237,7 +239,7 @@ def test_a_page_gets_its_tables_anew():
         | {"mean": 0.0029, "low": -0.0011, "high": 0.005},
         {"task": "denoising", "degradation": "mean of all", "arm": "scratch", "seeds": 3, "mean": 2.0},
     ]
-    tables = study.page_tables(summary, [])
+    tables = report.page_tables(summary, [])
     assert tables["main"].splitlines() == [
         "|  | scratch | scheduled, long | scheduled, long - scratch |",
         "| --- | --- | --- | --- |",
@@ -245,43 +247,44 @@ def test_a_page_gets_its_tables_anew():
     ]
     assert tables["pretraining"] == ""
     page = "before\n\n<!-- main -->\n\n| old |\n| --- |\n\nafter\n"
-    once = study.with_tables(page, {"main": tables["main"]})
+    once = report.with_tables(page, {"main": tables["main"]})
     assert once == f"before\n\n<!-- main -->\n\n{tables['main']}\nafter\n"
-    assert study.with_tables(once, {"main": tables["main"]}) == once
+    assert report.with_tables(once, {"main": tables["main"]}) == once
     with pytest.raises(ValueError, match="no place for the table"):
-        study.with_tables(page, {"robustness": ""})
+        report.with_tables(page, {"robustness": ""})
 
 
 def test_the_page_of_the_study_shows_what_the_results_say():
-    files = sorted(study.RESULTS.glob("study_*_summary.csv"))
-    summary = [row for file in files for row in study.read_results(file.name)]
-    tables = study.page_tables(summary, study.read_results("study_pretraining.csv"))
-    page = study.PAGE.read_text()
-    assert page == study.with_tables(page, tables)
+    files = sorted(RESULTS.glob("study_*_summary.csv"))
+    summary = [row for file in files for row in report.read_results(file.name)]
+    tables = report.page_tables(summary, report.read_results("study_pretraining.csv"))
+    page = protocol.PAGE.read_text()
+    assert page == report.with_tables(page, tables)
 
 
 def test_runs_take_the_place_of_the_same_published_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
 
     def scores(seed, **dice):
         run = {"task": "hippocampus", "n_labels": 10, "start": "scratch", "seed": seed}
         return [run | {"subject": subject, "dice": score} for subject, score in dice.items()]
 
-    assert study.with_published("rows.csv", scores(0, a=0.8)) == scores(0, a=0.8)
-    study.write_csv(tmp_path / "rows.csv", [*scores(0, a=0.8, b=0.9), *scores(1, a=0.7, b=0.6)])
-    assert study.with_published("rows.csv", []) == [*scores(0, a=0.8, b=0.9), *scores(1, a=0.7, b=0.6)]
-    together = study.with_published("rows.csv", [*scores(1, a=0.5), *scores(2, a=0.4)])
+    assert report.with_published("rows.csv", scores(0, a=0.8)) == scores(0, a=0.8)
+    save_csv(tmp_path / "rows.csv", [*scores(0, a=0.8, b=0.9), *scores(1, a=0.7, b=0.6)])
+    assert report.with_published("rows.csv", []) == [*scores(0, a=0.8, b=0.9), *scores(1, a=0.7, b=0.6)]
+    together = report.with_published("rows.csv", [*scores(1, a=0.5), *scores(2, a=0.4)])
     assert together == [*scores(0, a=0.8, b=0.9), *scores(1, a=0.5), *scores(2, a=0.4)]
 
 
 def test_the_published_intervals_are_those_of_the_published_rows():
-    rows = [row for row in study.read_results("study_segmentation.csv") if row["task"] == "hippocampus"]
+    rows = [row for row in report.read_results("study_segmentation.csv") if row["task"] == "hippocampus"]
     wanted = [
         row
-        for row in study.read_results("study_segmentation_summary.csv")
+        for row in report.read_results("study_segmentation_summary.csv")
         if (row["task"], row["n_labels"]) == ("hippocampus", 10)
     ]
     assert len(wanted) > 3
     assert (
-        study.compare([row for row in rows if row["n_labels"] == 10], ["task", "n_labels"], study.N_PRIMARY) == wanted
+        intervals.compare([row for row in rows if row["n_labels"] == 10], ["task", "n_labels"], protocol.N_PRIMARY)
+        == wanted
     )

@@ -19,7 +19,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from sspformer import data
-from sspformer.data import is_label_path, prepare_datalist, prepare_test_scans, subject_of
+from sspformer.data import DatasetOptions, is_label_path, subject_of
 from sspformer.io import LoadScand
 
 SHAPE = (12, 10, 9)
@@ -131,6 +131,14 @@ def enhanced_dicom(path, array, affine, series, part=slice(None), **elements):
     ds.NumberOfFrames, ds.PixelData = len(slices), b"".join(one.PixelData for one in slices)
     del ds.ImagePositionPatient
     return save_dicom(ds, path)
+
+
+def prepare_datalist(*args, **options):
+    return data.prepare_datalist(DatasetOptions(*args, **options))
+
+
+def prepare_test_scans(*args, **options):
+    return data.prepare_test_scans(DatasetOptions(*args, **{"skip_unreadable": True, **options}))
 
 
 def refused(folder, **options):
@@ -275,7 +283,8 @@ def test_a_folder_of_everything(tmp_path, caplog):
     assert json.loads(json.dumps(datalist)) == datalist
     assert all(LoadScand()(item)["image"].shape == (1, *SHAPE) for item in items)
 
-    assert "6 usable scans of 6 subjects, 0 unusable, 2 label maps left out, 1 other files ignored" in caplog.text
+    assert "6 usable scans of 6 subjects (5 training, 1 validation), 0 unusable, " in caplog.text
+    assert "2 label maps left out, 1 other files ignored." in caplog.text
     table = {row["name"]: row for row in rows(out)}
     assert table["p1_T1"]["shape"] == "12x10x9" and table["p1_T1"]["orientation"] == "RAS"
     assert table["p6_series4"]["format"] == "DICOM" and table["p6_series4"]["spacing_mm"] == "1.5x2x3"
@@ -360,7 +369,7 @@ def test_test_scans_are_evaluated_and_never_trained_on(tmp_path, caplog):
     assert names(prepare_test_scans(file)) == ["c7"] and "trained on" not in caplog.text
     file.write_text(json.dumps({"training": training}))
     assert names(prepare_test_scans(file)) == ["a7", "b7"]
-    assert "with those that may have been trained on" in caplog.text
+    assert "including those that may have been trained on" in caplog.text
 
     file.write_text(json.dumps({"test": test}))
     assert len(prepare_test_scans(file)) == 3
@@ -396,9 +405,9 @@ def test_unchanged_scans_are_not_read_again(tmp_path, monkeypatch, caplog):
     dicom_series(folder / "p3")
     reads = []
     for module, name in (
-        (data.datalist, "check_nifti"),
-        (data.datalist, "check_dicom"),
-        (data.find, "dicom_header"),
+        (data.check, "check_nifti"),
+        (data.check, "check_dicom"),
+        (data.series, "dicom_header"),
     ):
         original = getattr(module, name)
 

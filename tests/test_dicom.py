@@ -21,7 +21,8 @@ from pydicom.uid import generate_uid
 from test_data import dicom_series, dicom_slice, enhanced_dicom, nifti, oblique_affine, save_dicom
 from test_inference import BUNDLE, gain, infer, report, threshold  # noqa: F401 (a fixture)
 
-from sspformer.data import find_inputs, prepare_datalist
+from sspformer.data import DatasetOptions, find_inputs, prepare_datalist
+from sspformer.engines import ScansFailed
 from sspformer.io import LoadScand, read_dicom
 from sspformer.io import dicom_out as dicom
 
@@ -32,6 +33,8 @@ except ImportError:  # it needs a newer pydicom than MONAI Label has
 
 needs_highdicom = pytest.mark.skipif(hd is None, reason="needs highdicom: pip install highdicom==0.28.2")
 SHAPE = (24, 20, 16)
+#: method, label and number of the series
+DENOISING = ("denoising", "denoised", 2)
 SERIES = "1.2.826.0.1.3680043.8.498.4"
 
 
@@ -149,7 +152,7 @@ def test_results_of_a_real_enhanced_header(tmp_path, philips):
     voxels, affine, _ = read_dicom([path])
     labels = (voxels > 4000).astype(np.uint8)
     dicom.segmentation_to_dicom(labels, [path], tmp_path / "seg.dcm", ["brain stem"])
-    dicom.image_to_dicom(voxels, affine, [path], tmp_path / "den", "denoising")
+    dicom.image_to_dicom(voxels, affine, [path], tmp_path / "den", *DENOISING)
     assert np.array_equal(volume_of(hd.seg.segread(tmp_path / "seg.dcm"), affine, labels.shape), labels)
     images = sorted((tmp_path / "den").iterdir())
     again, found, _ = read_dicom(images)
@@ -206,14 +209,14 @@ def test_a_study_as_it_is_exported(tmp_path):
     for k, axes in enumerate(([1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1])):
         localizer = dicom_slice(image(), affine, k, "1.2.3.1", ImageOrientationPatient=axes)
         save_dicom(localizer, folder / f"loc{k}")
-    datalist = prepare_datalist(folder, tmp_path / "out", skip_unreadable=True, min_size=8)
+    datalist = prepare_datalist(DatasetOptions(folder, tmp_path / "out", skip_unreadable=True))
     assert {item["name"] for item in datalist["training"]} == {"DICOM_series4", "DICOM_series5"}
     said = (tmp_path / "out" / "scans.csv").read_text()
     for reason in (
         "not MR: the DICOM modality is CT",
         "not MR: the DICOM modality is OT",
         "different orientations (a localizer",
-        "dcmconv mends",
+        "dcmconv repairs",
         "empty file (0 bytes)",
     ):
         assert reason in said, reason
@@ -354,7 +357,7 @@ def test_a_restored_image_is_a_series_of_its_own(tmp_path, kind):
     voxels = np.random.default_rng(1).uniform(-20, 460, np.multiply(SHAPE, factor)).astype(np.float32)
     out = tmp_path / "out" / "a_sr"
     for _ in range(2):  # the second time it is replaced
-        dicom.image_to_dicom(voxels, finer(affine, factor), files, out, "super_resolution")
+        dicom.image_to_dicom(voxels, finer(affine, factor), files, out, "super-resolution", "sr", 3)
     (item,) = find_inputs(out)
     assert len(item["image"]) == SHAPE[2] * 3 == len(list(out.iterdir())) and not list(out.parent.glob("*.part"))
     again = LoadScand()(item)["image"]
@@ -408,7 +411,7 @@ def test_values_come_back_within_half_a_step(tmp_path, elements, low, high, step
     files = write_series(tmp_path / "in", "classic", image(), **elements)
     voxels = np.random.default_rng(1).uniform(low, high, SHAPE).astype(np.float32)
     voxels[0, 0, :2] = low, high
-    dicom.image_to_dicom(voxels, read_dicom(files)[1], files, tmp_path / "out", "denoising")
+    dicom.image_to_dicom(voxels, read_dicom(files)[1], files, tmp_path / "out", *DENOISING)
     again = read_dicom(sorted((tmp_path / "out").iterdir()))[0]
     assert np.abs(again - voxels).max() <= step / 2 + 1e-6 * max(-low, high)  # they are float32
     rescaled = elements or step != 1
@@ -419,14 +422,14 @@ def test_values_come_back_within_half_a_step(tmp_path, elements, low, high, step
 def test_a_scan_that_is_not_changed_comes_back_exactly_and_so_do_several_rescalings_nearly(tmp_path):
     files = write_series(tmp_path / "a", "classic", image(), RescaleSlope=0.123456789, RescaleIntercept=-7.7)
     before, affine, _ = read_dicom(files)
-    dicom.image_to_dicom(before, affine, files, tmp_path / "out", "denoising")
+    dicom.image_to_dicom(before, affine, files, tmp_path / "out", *DENOISING)
     assert np.array_equal(read_dicom(sorted((tmp_path / "out").iterdir()))[0], before)
     for k, path in enumerate(files):
         ds = pydicom.dcmread(path)
         ds.RescaleSlope = 1 + k / 8
         ds.save_as(path)
     before, affine, _ = read_dicom(files)
-    dicom.image_to_dicom(before, affine, files, tmp_path / "out", "denoising")
+    dicom.image_to_dicom(before, affine, files, tmp_path / "out", *DENOISING)
     assert np.abs(read_dicom(sorted((tmp_path / "out").iterdir()))[0] - before).max() < np.ptp(before) / 65535 * 0.51
 
 
@@ -437,8 +440,8 @@ def test_files_of_others_in_the_folder_are_not_deleted(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     for _ in ("notes.txt", "of_a_scanner.dcm"):
-        with pytest.raises(ValueError, match="out holds files that are none of its images"):
-            dicom.image_to_dicom(voxels, affine, files, tmp_path / "out", "denoising")
+        with pytest.raises(ValueError, match="out holds files that are not images of ours"):
+            dicom.image_to_dicom(voxels, affine, files, tmp_path / "out", *DENOISING)
         assert len(list((tmp_path / "out").iterdir())) == 1 and not list(tmp_path.glob("*.part"))
         (tmp_path / "out" / "notes.txt").unlink(missing_ok=True)
         shutil.copy(files[0], tmp_path / "out" / "of_a_scanner.dcm")
@@ -537,8 +540,8 @@ def test_nothing_of_the_patient_is_said(tmp_path, threshold):  # noqa: F811
     options = {"dataset_dir": str(scans), "output_dir": str(out / "inference"), "bundle_root": str(BUNDLE)}
     options |= {"dicom": "true", "pictures": "true", "roi_size": [24, 24, 24], **threshold}
     script = f"""
-from sspformer.data import prepare_datalist
-prepare_datalist({str(scans)!r}, {str(out / "training")!r}, skip_unreadable=True, val_fraction=0)
+from sspformer.data import DatasetOptions, prepare_datalist
+prepare_datalist(DatasetOptions({str(scans)!r}, {str(out / "training")!r}, skip_unreadable=True, val_fraction=0))
 from monai.bundle import run
 logging = {str(BUNDLE / "configs" / "logging.conf")!r}
 config = {str(BUNDLE / "configs" / "inference.json")!r}
@@ -568,6 +571,6 @@ def test_an_unforeseen_error_is_not_quoted(tmp_path, threshold, monkeypatch):  #
     write_series(tmp_path / "s", "classic", image(), np.diag([2.0, 2, 2, 1]))
     for error, said in ((TypeError("Doe^Jane"), "TypeError"), (OSError(28, "No space left"), "No space left")):
         monkeypatch.setattr(dicom, "segmentation_to_dicom", lambda *_, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises(SystemExit, match=f"no DICOM of s_series4, only its NIfTI: {said}") as caught:
+        with pytest.raises(ScansFailed, match=f"no DICOM of s_series4, only its NIfTI: {said}") as caught:
             infer(tmp_path / "s", tmp_path / "out", dicom=True, roi_size=[24, 24, 24], **threshold)
         assert "Doe" not in str(caught.value) and "Doe" not in (tmp_path / "out" / "inference.csv").read_text()

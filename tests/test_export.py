@@ -202,7 +202,7 @@ def test_an_exported_network_runs_in_the_workflow(scripted, heads, tmp_path, mon
     assert len(np.unique(expected)) > 10
 
     path = str(scripted("segmentation"))
-    options = {"weights": path, "network_def": "$torch.jit.load(@weights)", "handlers#0#_disabled_": True}
+    options = {"weights": path, "network_def": "$torch.jit.load(@weights)", "load_weights": "false"}
     assert np.array_equal(infer(tmp_path / "scans", tmp_path / "ts", amp=False, **options), expected)
 
     monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))  # it needs a GPU
@@ -222,11 +222,12 @@ def test_the_overlay_for_tensorrt_replaces_what_it_means_to(task):
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / name) for name in config_files(task)])
     before = parser.get()
-    assert before["handlers"][0]["path"] == "@weights"  # what handlers#0 disables
+    assert before["handlers"][0]["path"] == "@weights"  # what load_weights disables
+    assert "@load_weights" in before["handlers"][0]["_disabled_"]
     assert {key.lstrip("+").split("#")[0] for key in overlay} <= before.keys()
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / name) for name in config_files(task, "inference_trt")])
     after = parser.get()
     assert after["imports"] == [*before["imports"], "$import torch_tensorrt"]
-    assert after["handlers"][0] == {**before["handlers"][0], "_disabled_": True}
+    assert after["handlers"] == before["handlers"] and after["load_weights"] is False
     assert {key for key in before if before[key] != after[key]} == {key.lstrip("+").split("#")[0] for key in overlay}

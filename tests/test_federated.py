@@ -19,7 +19,7 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, FlStatistics
 from monai.fl.utils.exchange_object import ExchangeObject
 
-from sspformer.networks import SSPFormerDense, load_pretrained
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE, EXAMPLE = ROOT / "bundle", ROOT / "examples" / "federated"
@@ -36,13 +36,14 @@ SETTINGS = {
 PRETRAINING = {
     **SETTINGS,
     "image_size": [24, 24, 24],
-    **{f"network_def#{name}": value for name, value in ENCODER.items()},
+    **{f"encoder#{name}": value for name, value in ENCODER.items()},
 }
 NETWORK = {
     "class_names": ["ball"],
     "spacing": [1.0, 1.0, 1.0],
     "roi_size": [24, 24, 24],
-    **{f"network_def#{name}": value for name, value in {**ENCODER, "features": 8, "out_channels": 2}.items()},
+    **{f"encoder#{name}": value for name, value in ENCODER.items()},
+    **{"network_def#features": 8, "network_def#out_channels": 2},
 }
 SEGMENTATION = {**SETTINGS, **NETWORK, "pretrained": None}
 STEPS = (16, 24)  # of each site in a round, an epoch: 2 and 3 scans, 16 crops each, 2 in a batch
@@ -157,7 +158,7 @@ def test_two_sites_pretrain_one_encoder(pretrained, tmp_path):
         assert [row["beta"] for row in history(output / f"site-{i}")] == [0, 0.5]
 
     torch.save(weights, tmp_path / "global.pt")
-    network = load_pretrained(SSPFormerDense(out_channels=3, features=8, **ENCODER), tmp_path / "global.pt")
+    network = load_pretrained(SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8), tmp_path / "global.pt")
     of_encoder = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
     assert difference(network.encoder.state_dict(), of_encoder) == 0
 

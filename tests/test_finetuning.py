@@ -17,13 +17,10 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
-from sspformer.compat import errors_last
-from sspformer.data import class_weights, prepare_datalist, prepare_pairs
+from sspformer.data import DatasetOptions, class_weights, prepare_pairs
 from sspformer.engines import FreezeEncoder, SaveBestModel, layer_decay_groups
-from sspformer.io import LoadScand
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 from sspformer.options import is_null
 
@@ -47,7 +44,8 @@ SETTINGS = {
     "batch_size": 2,
     "crops_per_scan": 2,
     "roi_size": [24, 24, 24],
-    **{f"network_def#{name}": value for name, value in {**ENCODER, "features": 8}.items()},
+    **{f"encoder#{name}": value for name, value in ENCODER.items()},
+    "network_def#features": 8,
 }
 SEGMENTATION = {"class_names": ["ball", "box"], "spacing": [1.0, 1.0, 1.0], "network_def#out_channels": 3}
 LONG = {"epochs": 12, "crops_per_scan": 4, "val_interval": 4, "learning_rate": 0.005}
@@ -182,7 +180,7 @@ def test_it_learns_the_structures(trained):
 
 def test_what_a_run_leaves_behind(trained):
     output, log = trained
-    SSPFormerDense(out_channels=3, features=8, **ENCODER).load_state_dict(weights(output))  # strict
+    SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8).load_state_dict(weights(output))  # strict
     for name in ("pictures/epoch_0012.png", "pictures/curves.png", "models/checkpoint.pt", "scans.csv"):
         assert (output / name).stat().st_size > 100, name
     assert list((output / "tensorboard").glob("events.*")) and not list((output / "models").glob("*.part"))
@@ -203,7 +201,7 @@ def test_killed_and_resumed_equals_unkilled(trained, pairs, encoder, tmp_path):
     "name, overrides, said",
     [
         ("encodr.pt", {}, ["encodr.pt", "give an encoder.pt", "null to train from scratch"]),
-        ("encoder.pt", {"network_def#dim": 96}, ["encoder.pt", "48", "96"]),
+        ("encoder.pt", {"encoder#dim": 96}, ["encoder.pt", "48", "96"]),
     ],
 )
 def test_weights_that_do_not_fit_stop_it_and_the_first_cause_names_the_fix(
@@ -251,7 +249,7 @@ def test_two_processes_train_one_network_and_one_process_goes_on(pairs, encoder,
     assert log.count("epoch 1/4: ") == 1, log  # one process reports
     row = history(output)[0]
     assert row["iteration"] == "2" and float(row["dice"]) >= 0  # 4 subjects, 2 crops each, in 2 batches of 2 on 2
-    network = SSPFormerDense(out_channels=3, features=8, **ENCODER)
+    network = SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8)
     network.load_state_dict(weights(output))  # without the wrapper's "module."
     network.load_state_dict(weights(output, "checkpoint.pt")["network"])
 
@@ -304,14 +302,14 @@ def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
         transforms = [step for entry in entries for step in parser.get_parsed_content(entry)]
         return Compose(transforms)(item)["label"][0].numpy()
 
-    (item,) = prepare_pairs(tmp_path, classes=10, val_fraction=0)["training"]
+    (item,) = prepare_pairs(DatasetOptions(tmp_path, classes=10, val_fraction=0))["training"]
     for label in (read("train.json", "preprocessing", "compact"), read("evaluate.json", "label_loading")):
         assert label.dtype == np.uint8 and np.array_equal(label, numbers)
     torch.testing.assert_close(class_weights([item], 10), torch.ones(10))
 
 
 def test_learning_rates_fall_towards_the_first_layer():
-    network = SSPFormerDense(features=4, **ENCODER)
+    network = SSPFormerDense(SSPFormerEncoder(**ENCODER), features=4)
     groups = layer_decay_groups(network, 1.0, 0.5, 0.1)
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(settings) == len(list(network.parameters()))
@@ -374,46 +372,9 @@ def test_a_score_that_is_none_or_stays_the_same_does_not_keep_the_first_model(va
     assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"].item() == kept and handler.best == best
 
 
-def failing_loader(num_workers):
-    data = Dataset([{"image": "gone.nii.gz"}], Compose([LoadScand("image")]))
-    return list(DataLoader(data, num_workers=num_workers))
-
-
-def failing_config(path):
-    network = f"$sspformer.networks.load_pretrained(sspformer.networks.SSPFormerEncoder(), '{path}')"
-    config = {"imports": ["$import sspformer"], "optimizer": {"_target_": "torch.optim.SGD", "params": network}}
-    ConfigParser(config).get_parsed_content("optimizer")
-
-
-def interrupted():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    "fail, said",
-    [
-        (failing_config, "error: {path} is damaged or holds more than weights"),
-        (prepare_datalist, "error: the datalist {path} is not valid JSON"),
-        (lambda path: failing_loader(0), "error: cannot read the scan gone.nii.gz: no such file"),
-        (lambda path: failing_loader(1), "error: cannot read the scan gone.nii.gz: no such file"),
-        (lambda path: interrupted(), None),
-    ],
-)
-def test_an_error_ends_with_what_to_do(fail, said, tmp_path, monkeypatch, capsys):
-    (tmp_path / "bad.json").write_text("{")
-    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
-    errors_last()
-    try:
-        fail(tmp_path / "bad.json")
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith(said.format(path=tmp_path / "bad.json")) if said else not lines
-
-
 def test_freezing_refuses_a_negative_number():
     with pytest.raises(ValueError, match="freeze_epochs must be 0 or more, got -1"):
-        FreezeEncoder(SSPFormerDense(features=4, **ENCODER), -1)
+        FreezeEncoder(SSPFormerDense(SSPFormerEncoder(**ENCODER), features=4), -1)
 
 
 # --- restoration

@@ -19,9 +19,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from scipy.ndimage import affine_transform
 from torch import nn
 
-from sspformer import engines, kspace
+from sspformer import engines, kspace, pictures
 from sspformer.data import find_inputs
 from sspformer.demo import _write_dicom
+from sspformer.engines import ScansFailed
 from sspformer.transforms import argmax_on_grid
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
@@ -92,16 +93,16 @@ def infer(scans, output, *overlays, **overrides):
     """The workflow as configured, in this process."""
     configs = [CONFIG, *(str(BUNDLE / "configs" / name) for name in overlays)]
     settings = {"bundle_root": str(BUNDLE), "dataset_dir": str(scans), "output_dir": str(output), **overrides}
-    settings = {"device": "cpu", "amp": False, **settings}
+    settings = {"device": "cpu", "amp": "false", **settings}  # as a command line gives it
     workflow = ConfigWorkflow(
         config_file=configs, run_id="inference", workflow_type="inference", logging_file=False, **settings
     )
     workflow.initialize()
     try:
         workflow.run()
+        workflow.finalize()
     except RuntimeError as error:  # of MONAI's config parser
         raise error.__cause__ from None
-    workflow.finalize()
 
 
 def report(output):
@@ -194,7 +195,7 @@ def test_types_of_restored_images(tmp_path):
     scaled = nib.Nifti1Image(bright, affine)
     scaled.set_data_dtype(np.int16)  # nibabel then writes a scale factor
     nib.save(scaled, tmp_path / "scans" / "scaled.nii.gz")
-    options = {"roi_size": [24, 32, 32], "leave_quiet": [], **gain(tmp_path, 1.3)}
+    options = {"roi_size": [24, 32, 32], "blend_by_noise": [], **gain(tmp_path, 1.3)}
     infer(tmp_path / "scans", tmp_path / "out", "denoising.json", **options)
     images = {name: nib.load(tmp_path / f"out/{name}_denoised.nii.gz") for name in ("byte", "double", "scaled")}
     assert images["byte"].get_data_dtype() == np.uint8
@@ -264,8 +265,10 @@ def test_a_bad_file_is_reported_and_a_second_run_goes_on_where_the_first_stopped
         write(scans, name, (1000 * phantom()).astype(np.int16), np.diag([2.0, 2, 2, 1]))
     whole = (scans / "a.nii.gz").read_bytes()
     (scans / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SystemExit, match="1 of 3 scans failed:\n.*b.nii.gz.*truncated"):
+    with pytest.raises(ScansFailed, match="1 of 3 scans failed:\n.*b.nii.gz.*truncated") as caught:
         infer(scans, out, pictures=True, **threshold)
+    assert isinstance(caught.value, RuntimeError)  # an ordinary one, which a program can catch
+    assert [row["name"] for row in caught.value.rows] == ["b"] and caught.value.total == 3
     assert {name: row["status"] for name, row in report(out).items()} == {"a": "written", "b": "failed", "c": "written"}
     assert (out / "pictures/a_seg.png").stat().st_size > 1000
 
@@ -299,7 +302,7 @@ def test_an_output_counts_as_done_only_for_the_same_scan_and_options(tmp_path, t
 
     status.last = 0
     assert status() and not status()
-    with pytest.raises(SystemExit, match=r"T1_seg.nii.gz is there already, made from .*sub1.T1.nii.gz: give another"):
+    with pytest.raises(ScansFailed, match=r"T1_seg.nii.gz is there already, made from .*sub1.T1.nii.gz: give another"):
         status("sub2")
     assert report(out)["T1"]["status"] == "failed" and not status()
     assert status(largest_component=True) and not status(largest_component="true") and status()
@@ -326,7 +329,7 @@ def test_an_output_beside_a_file_that_is_no_record_of_ours_is_left_alone(tmp_pat
         (out / f"{name}_seg.json").write_bytes(content)
         (out / f"{name}_seg.nii.gz").write_bytes(b"of somebody")
     with pytest.raises(
-        SystemExit, match=r"5 of 6 scans failed:\n.*a_seg.nii.gz is there already, and a_seg.json beside"
+        ScansFailed, match=r"5 of 6 scans failed:\n.*a_seg.nii.gz is there already, and a_seg.json beside"
     ):
         infer(scans, out, **threshold)
     assert {name: row["status"] for name, row in report(out).items()} == {
@@ -346,17 +349,21 @@ def test_names_are_shown_only_of_a_network_with_as_many_classes_and_a_failing_pi
 ):
     seen = []
 
-    def panel(samples, class_names):
-        seen.append((class_names, samples[0]["image"].shape, samples[0]["pred"]))
+    def panel(samples):
+        pred = samples[0]["pred"]
+        seen.append((pred.meta["class_names"], samples[0]["image"].shape, pred))
         raise OSError("disk full")
 
-    monkeypatch.setattr(engines.panels, "segmentation_panel", panel)
+    monkeypatch.setattr(pictures, "segmentation_panel", panel)
     voxels = (1000 * (phantom() > 0.3)).astype(np.int16)
     write(tmp_path / "scans", "a", voxels, scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2), (11, -7, 23)))
     for names in (["bright"], ["bright", "dark"]):
         infer(tmp_path / "scans", tmp_path / "out", pictures=True, **{**threshold, "class_names": names})
         assert report(tmp_path / "out")["a"]["status"] == "written"
-    assert [names for names, *_ in seen] == [["bright"], None] and "no picture of a: disk full" in caplog.text
+    assert [names for names, *_ in seen] == [
+        ["bright"],
+        ["structure 1"],
+    ] and "no picture of a: disk full" in caplog.text
     _, shape, drawn = seen[0]
     written = np.asarray(nib.load(tmp_path / "out/a_seg.nii.gz").dataobj)
     assert shape == (1, *SHAPE) and np.array_equal(drawn[0], written) and written.any()  # on the file's grid
@@ -364,10 +371,10 @@ def test_names_are_shown_only_of_a_network_with_as_many_classes_and_a_failing_pi
 
 def test_pictures_of_restoration_show_before_and_after_on_the_scale_of_the_file(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(engines.panels, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
+    monkeypatch.setattr(pictures, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
     write(tmp_path / "scans", "a", (1000 * phantom()).astype(np.int16), scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2)))
     for overlay, as_predicted in (("denoising.json", {}), ("super_resolution.json", {"data_consistency": False})):
-        options = {"leave_quiet": [], **as_predicted, **gain(tmp_path, 1.5)}
+        options = {"blend_by_noise": [], **as_predicted, **gain(tmp_path, 1.5)}
         infer(tmp_path / "scans", tmp_path / "out", overlay, pictures=True, **options)
         before, after = seen[-1]["image"], seen[-1]["pred"]
         assert torch.allclose(1.5 * before.as_tensor(), after.as_tensor(), atol=0.1) and before.max() > 900
@@ -391,7 +398,8 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
     def network(*overlays, **options):
         parser = ConfigParser()
         parser.read_config([CONFIG, *(str(BUNDLE / "configs" / name) for name in overlays)])
-        parser.config["network_def"].update({"dim": 24, "depth": 3, "num_heads": 2, "features": 4, **options})
+        parser.config["encoder"].update({"dim": 24, "depth": 3, "num_heads": 2})
+        parser.config["network_def"].update({"features": 4, **options})
         return parser.get_parsed_content("network_def")
 
     path, own = tmp_path / "model.pt", network()
@@ -409,7 +417,7 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
             engines.StrictCheckpointLoader(network(wrong), path)()
     torch.nn.init.constant_(own.head.bias, float("nan"))
     torch.save(own.state_dict(), path)
-    with pytest.raises(ValueError, match="NaN or infinite in 1 tensors, such as head.bias"):
+    with pytest.raises(ValueError, match="NaN or infinite in 1 of its tensors, such as head.bias"):
         engines.StrictCheckpointLoader(other, path)()
 
 
@@ -426,7 +434,7 @@ def test_one_scan_of_a_datalist(tmp_path):
 
 def test_windows_blend_to_the_whole_and_scores_are_float32():
     image = torch.rand(1, 1, 40, 30, 20)
-    inferer = engines.AutocastSlidingWindowInferer(roi_size=(16, 16, 24), overlap=0.5, mode="gaussian", enabled="false")
+    inferer = engines.AutocastSlidingWindowInferer(roi_size=(16, 16, 24), overlap=0.5, mode="gaussian", enabled=False)
     assert torch.allclose(inferer(image, lambda window: 2 * window), 2 * image, atol=1e-5)
     inferer = engines.AutocastSlidingWindowInferer(roi_size=(16, 16, 24), sw_batch_size=4, overlap=0.25)
     seen = []

@@ -141,27 +141,17 @@ def test_one_spacing_a_sample():
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("cutoff", [None, 0.1, 0.4])
-def test_highpass(gamma, cutoff):
+def test_highpass(gamma):
     rho = torch.linspace(0, 1, 101)
-    weight = kspace.highpass(rho, gamma, cutoff)
-    assert weight[0] == 0
-    assert weight[-1] <= 1
-    rising = weight.diff()
-    assert (rising > -1e-6).all() and (rising[weight[1:] < 0.999] > 0).all()  # near 1 steps are below float32's
-    if cutoff is None:
-        torch.testing.assert_close(weight, rho**gamma)
-    else:
-        expected = 1 / (1 + (cutoff / rho[1:]) ** (2 * gamma)).sqrt()
-        torch.testing.assert_close(weight[1:], expected)
-        at_cutoff = kspace.highpass(torch.tensor([cutoff]), gamma, cutoff)
-        assert float(at_cutoff) == pytest.approx(1 / math.sqrt(2), rel=1e-5)
+    weight = kspace.highpass(rho, gamma)
+    assert weight[0] == 0 and weight[-1] == 1 and (weight.diff() > 0).all()
+    torch.testing.assert_close(weight, rho**gamma)
 
 
-@pytest.mark.parametrize("settings", [{"gamma": 0}, {"gamma": -1}, {"cutoff": 0}, {"cutoff": -0.2}])
-def test_highpass_rejects_what_is_not_above_zero(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        kspace.highpass(torch.linspace(0, 1, 5), **settings)
+@pytest.mark.parametrize("gamma", [0, -1])
+def test_highpass_rejects_what_is_not_above_zero(gamma):
+    with pytest.raises(ValueError, match="gamma"):
+        kspace.highpass(torch.linspace(0, 1, 5), gamma)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -250,5 +240,5 @@ def test_data_consistency_keeps_the_measured_part_exactly(fine, low):
 
 
 def test_data_consistency_rejects_a_finer_measurement():
-    with pytest.raises(ValueError, match="no side of low may be the longer"):
+    with pytest.raises(ValueError, match="no side of it may be the longer"):
         kspace.data_consistency(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 9))

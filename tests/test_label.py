@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import monai.bundle
@@ -20,8 +21,8 @@ from monai.data import decollate_batch, partition_dataset
 from monai.transforms import Compose, SaveImaged
 from nilearn.datasets import load_mni152_template
 
-from sspformer.data import LazyDatalist, check_pairs, file_hashing
-from sspformer.networks import SSPFormerDense
+from sspformer.data import DatasetOptions, LazyDatalist, check_pairs, file_hashing
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"patch_size": 8, "dim": 48, "depth": 2, "num_heads": 2}
@@ -29,7 +30,7 @@ ENCODER = {"patch_size": 8, "dim": 48, "depth": 2, "num_heads": 2}
 SMALL = {
     **{"class_names": ["ball", "box"], "spacing": [1.0, 1.0, 1.0], "roi_size": [24, 24, 24], "batch_size": 2},
     **{"crops_per_scan": 2, "network_def#out_channels": 3, "network_def#features": 8, "amp": False},
-    **{f"network_def#{name}": value for name, value in ENCODER.items()},
+    **{f"encoder#{name}": value for name, value in ENCODER.items()},
 }
 
 
@@ -121,7 +122,7 @@ def small_bundle(tmp_path_factory):
     parser.update(SMALL)
     ConfigParser.export_config_file(parser.get(), str(folder / "configs/train.json"), indent=4)
     torch.manual_seed(0)
-    network = SSPFormerDense(out_channels=3, features=8, **ENCODER)
+    network = SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8)
     torch.save({name: v.half() for name, v in network.state_dict().items()}, folder / "models/model.pt")
     torch.save(network.encoder.state_dict(), folder / "models/pretrained/encoder.pt")
     return folder
@@ -130,7 +131,6 @@ def small_bundle(tmp_path_factory):
 @pytest.fixture
 def bundle(small_bundle, tmp_path, monkeypatch):
     shutil.copytree(small_bundle, tmp_path / "sspformer_mri")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path / "sspformer_mri"
 
@@ -178,15 +178,17 @@ def train(bundle, datalist, run_id="run", device="cpu", max_epochs=1, val_split=
         "train#handlers": train_handlers,
         "validate#dataset#data": val_ds,
     }
-    monai.bundle.run(
-        run_id=run_id,
-        init_id=None,
-        final_id=None,
-        meta_file=str(bundle / "configs/metadata.json"),
-        config_file=config,
-        logging_file=False,  # pytest's own goes on
-        **overrides,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "monailabel", types.ModuleType("monailabel"))  # Label's process has imported it
+        monai.bundle.run(
+            run_id=run_id,
+            init_id=None,
+            final_id=None,
+            meta_file=str(bundle / "configs/metadata.json"),
+            config_file=config,
+            logging_file=False,  # pytest's own goes on
+            **overrides,
+        )
 
 
 def weights(bundle):
@@ -217,7 +219,7 @@ def test_training_goes_on_from_the_bundles_weights_and_writes_them(bundle, datal
     assert len(messages(caplog, "Restored all variables", "models/model.pt")) == 1
     assert len(messages(caplog, "epoch 2/2")) == 1  # trained, and once
     after = weights(bundle)
-    SSPFormerDense(out_channels=3, features=8, **ENCODER).load_state_dict(after)  # strict
+    SSPFormerDense(SSPFormerEncoder(**ENCODER), 3, features=8).load_state_dict(after)  # strict
     assert 0 < change(before, after) < 0.01  # of a network that starts anew it would be far more
     assert sorted(path.name for path in (bundle / "models").glob("*.pt")) == ["model.pt"]  # Label offers each of them
 
@@ -255,12 +257,12 @@ def test_a_label_map_that_does_not_fit_is_refused_by_name(bundle, datalist, tmp_
     assert "2 of 3 images" in said and "unknown values 5, 10" in said and "3 mm off" in said
     assert "scan0.nii.gz" in said and "scan1.nii.gz" in said and "scan2.nii.gz" not in said
     assert change(before, weights(bundle)) == 0
-    check_pairs(datalist[2:], 3)
+    check_pairs(datalist[2:], DatasetOptions(tmp_path, classes=3))
 
 
 @pytest.mark.parametrize("run_id", ["run", ""])
 def test_training_without_a_label_says_so(bundle, run_id):
-    with pytest.raises(RuntimeError, match="from_client") as caught:
+    with pytest.raises(RuntimeError, match="from_monai_label") as caught:
         train(bundle, [], run_id)
     assert "there is no labelled image to train on" in str(first_cause(caught.value))
 

@@ -262,10 +262,10 @@ sys.path.insert(0, str(bundle))  # the one line: load() has no other way to the 
 import torch
 from monai.bundle import load
 
-from sspformer.networks import SSPFormerDense
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 
 network = load(bundle.name, bundle_dir=bundle.parent, device="cpu")
-other = SSPFormerDense(out_channels=3)
+other = SSPFormerDense(SSPFormerEncoder(), out_channels=3)
 other = load(bundle.name, bundle_dir=bundle.parent, device="cpu", model_file="models/hippocampus/model.pt", model=other)
 for loaded, name in ((network, "model.pt"), (other, "hippocampus/model.pt")):
     weights = torch.load(bundle / "models" / name, weights_only=True)

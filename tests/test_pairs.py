@@ -14,9 +14,9 @@ from monai.transforms import Compose
 from test_data import PHI, dicom_series, oblique_affine
 
 from sspformer import data
-from sspformer.data import find_inputs, prepare_pairs, prepare_test_data
+from sspformer.data import DatasetOptions, find_inputs
 from sspformer.io import LoadScand
-from sspformer.transforms import KeepAffined
+from sspformer.transforms import KeepOnlyAffined
 
 SHAPE = (12, 10, 9)
 AFFINE = np.array([[0, 0, 2.0, -9], [-1.5, 0.1, 0, 5], [0.1, 1.5, 0, 3], [0, 0, 0, 1]])  # oblique, axes P-S-R
@@ -61,6 +61,14 @@ def rows(output_dir):
         return list(csv.DictReader(file))
 
 
+def prepare_pairs(*args, **options):
+    return data.prepare_pairs(DatasetOptions(*args, **options))
+
+
+def prepare_test_pairs(*args, **options):
+    return data.prepare_test_pairs(DatasetOptions(*args, **{"skip_unreadable": True, **options}))
+
+
 def refused(dataset_dir, *args, **options):
     with pytest.raises(ValueError) as caught:
         prepare_pairs(dataset_dir, *args, **options)
@@ -73,7 +81,7 @@ def test_a_corrected_file_is_not_taken_from_the_cache(part, tmp_path):
 
     def cached():
         items = prepare_pairs(tmp_path / "set", tmp_path / "out", val_fraction=0)["training"]
-        keep = Compose([LoadScand(["image", "label"]), KeepAffined(["image", "label"])])
+        keep = Compose([LoadScand(["image", "label"]), KeepOnlyAffined(["image", "label"])])
         options = {"hash_transform": pickle_hashing, "track_meta": True}
         dataset = PersistentDataset(items, keep, tmp_path / "cache", **options)
         return {item["name"]: item[part.removesuffix("s")].max().item() for item in dataset}
@@ -86,7 +94,7 @@ def test_a_corrected_file_is_not_taken_from_the_cache(part, tmp_path):
 
 def test_a_file_of_the_cache_that_was_cut_off_is_made_anew(tmp_path):
     items = prepare_pairs(folder(tmp_path / "set"), tmp_path / "out", val_fraction=0)["training"]
-    keep = Compose([LoadScand(["image", "label"]), KeepAffined(["image", "label"])])
+    keep = Compose([LoadScand(["image", "label"]), KeepOnlyAffined(["image", "label"])])
 
     def cached():
         return data.CachedDataset(items, keep, tmp_path / "cache", hash_func=data.file_hashing, track_meta=True)
@@ -96,7 +104,7 @@ def test_a_file_of_the_cache_that_was_cut_off_is_made_anew(tmp_path):
     whole = [file.read_bytes() for file in files]
     for file, length in zip(files, (0, 10, 2000, len(whole[3]) - 100), strict=True):
         file.write_bytes(file.read_bytes()[:length])
-    with pytest.warns(UserWarning, match="cannot be read .* made anew"):
+    with pytest.warns(UserWarning, match="cannot be read .* made again"):
         assert [item["image"].sum().item() for item in cached()] == before
     assert [len(file.read_bytes()) for file in files] == [len(content) for content in whole]
     assert [item["image"].sum().item() for item in cached()] == before
@@ -196,7 +204,7 @@ def test_the_split_is_kept_as_a_data_set_also_of_a_single_subject(tmp_path):
             found = prepare_pairs(root, tmp_path / f"{output} {val_fraction}", val_fraction=val_fraction, seed=1)
             again({split: names(items) for split, items in found.items()}, f"{output} {val_fraction}")
     assert found["training"] == found["validation"] and len(found["training"]) == 2
-    assert names(prepare_test_data(tmp_path / "one 0.5" / "datalist.json")) == {"p1_T1", "p1_T2"}
+    assert names(prepare_test_pairs(tmp_path / "one 0.5" / "datalist.json")) == {"p1_T1", "p1_T2"}
 
 
 def test_fewer_subjects_are_a_subset_of_more(tmp_path):
@@ -245,7 +253,7 @@ def test_all_mismatches_are_listed_at_once(tmp_path, caplog):
     cut.write_bytes(cut.read_bytes()[:-40])
     message = refused(root, out, classes=3)
     for text in (
-        "11 images with label maps in",
+        "11 of 13 images with label maps in",
         "images/unlabelled.nii.gz: its label map labels/unlabelled.nii.gz is missing",
         "labels/orphan.nii.gz: a label map without an image",
         "labels/shape.nii.gz has another shape: 10x10x9, the image 12x10x9",
@@ -329,7 +337,7 @@ def test_wrong_places_and_arguments_are_explained(tmp_path):
     assert "classes must be at least 2" in refused(tmp_path / "set", classes=1)
     assert "val_fraction must be in [0, 1), got 1" in refused(tmp_path / "set", val_fraction=1)
     file = dataset_json(tmp_path / "set", test=[pair("p1")])
-    assert 'its list "training" is missing or empty' in refused(file)
+    assert "nothing to train on in" in (message := refused(file)) and 'its list "training"' in message
     dataset_json(tmp_path / "set", training=[pair("p1"), pair("p9"), {"image": "images/p2.nii.gz"}])
     message = refused(file)
     assert "images/p9.nii.gz: no such file" in message and "images/p2.nii.gz: it has no label map" in message
@@ -347,7 +355,7 @@ def test_unchanged_pairs_are_not_read_again(tmp_path, monkeypatch):
         raise AssertionError("was read again")
 
     fail.__name__ = "check_label"
-    monkeypatch.setattr(data.pairs, "check_label", fail)
+    monkeypatch.setattr(data.check, "check_label", fail)
     assert prepare_pairs(tmp_path / "set", tmp_path / "out", classes=3) == first
     assert "p3.nii.gz has unknown values 2" in refused(tmp_path / "set", tmp_path / "out", classes=2)
     label(tmp_path / "set" / "labels" / "p3.nii.gz", (0, 1, 1, 1, 2))
@@ -362,16 +370,16 @@ def test_unchanged_pairs_are_not_read_again(tmp_path, monkeypatch):
 
 def test_the_test_list_is_evaluated_else_validation_else_all(tmp_path, caplog):
     folder(tmp_path)
-    assert names(prepare_test_data(tmp_path)) == {"p1", "p2", "p3", "p4"}
-    assert "with those that may have been trained on" in caplog.text
+    assert names(prepare_test_pairs(tmp_path)) == {"p1", "p2", "p3", "p4"}
+    assert "including those that may have been trained on" in caplog.text
     caplog.clear()
     dataset_json(tmp_path, training=[pair("p1"), pair("p9")], validation=[pair("p2")])
-    assert names(prepare_test_data(tmp_path, classes=3)) == {"p2"}
+    assert names(prepare_test_pairs(tmp_path, classes=3)) == {"p2"}
     dataset_json(tmp_path, training=[pair("p1")], validation=[pair("p2")], test=[pair("p3"), pair("p8"), pair("p4")])
-    assert names(prepare_test_data(tmp_path, tmp_path / "out", classes=3)) == {"p3", "p4"}
+    assert names(prepare_test_pairs(tmp_path, tmp_path / "out", classes=3)) == {"p3", "p4"}
     assert "Unusable: images/p8.nii.gz" in caplog.text and "trained on" not in caplog.text
     with pytest.raises(ValueError, match="p8.nii.gz: no such file"):
-        prepare_test_data(tmp_path, skip_unreadable=False)
+        prepare_test_pairs(tmp_path, skip_unreadable=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

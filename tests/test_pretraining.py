@@ -20,11 +20,15 @@ from sspformer.engines import (
     weight_decay_groups,
 )
 from sspformer.losses import MaskedReconstructionLoss
-from sspformer.networks import MaskedAutoencoder, gather_tokens, patchify
+from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder, gather_tokens, patchify
+from sspformer.options import flag
 from sspformer.pictures import figure_to_array, reconstruction_panel
-from sspformer.transforms import MaskSampler, NoiseSampler, patch_energy
+from sspformer.transforms import InverseFrequencyMask, MaskIndices, NoiseSampler, patch_energy
 
-TOY = {"dim": 48, "depth": 1, "num_heads": 2, "decoder_dim": 48, "decoder_depth": 1, "decoder_num_heads": 2}
+
+def toy():
+    encoder = SSPFormerEncoder(patch_size=4, dim=48, depth=1, num_heads=2)
+    return MaskedAutoencoder(encoder, decoder_dim=48, decoder_depth=1, decoder_num_heads=2)
 
 
 def batch(sides=(16, 16, 16), spacing=(1.0, 1.0, 5.0)):
@@ -34,7 +38,7 @@ def batch(sides=(16, 16, 16), spacing=(1.0, 1.0, 5.0)):
 
 
 def prepare(**kwargs):
-    return PrepareMaskedBatch(MaskSampler(4), NoiseSampler(), **kwargs)
+    return PrepareMaskedBatch(InverseFrequencyMask(4), NoiseSampler(), **kwargs)
 
 
 def test_a_batch_has_the_noisy_image_the_clean_target_and_the_indices():
@@ -43,8 +47,6 @@ def test_a_batch_has_the_noisy_image_the_clean_target_and_the_indices():
     assert args == () and not isinstance(noisy, MetaTensor) and not isinstance(target["image"], MetaTensor)
     assert torch.equal(target["image"], data["image"].as_tensor()) and not torch.equal(noisy, target["image"])
     assert torch.equal(kwargs["ids_keep"], target["keep"]) and torch.equal(kwargs["ids_predict"], target["mask"])
-    predicted = prepare(predict_visible=True)(data, "cpu")[3]["ids_predict"]
-    assert torch.equal(predicted.sort().values, torch.arange(64).expand(2, 64))
 
 
 def test_null_on_the_command_line_switches_the_noise_off():
@@ -56,11 +58,21 @@ def test_null_on_the_command_line_switches_the_noise_off():
 
 
 def test_masks_are_scored_on_the_clean_image_with_the_spacing_of_the_affine():
-    data = batch()
-    _, target, _, _ = prepare()(data, "cpu")
-    assert torch.equal(target["spacing"], torch.tensor([[1.0, 1.0, 5.0]] * 2))
-    z, _ = patch_energy(data["image"].as_tensor(), (4, 4, 4), (1.0, 1.0, 5.0))
-    torch.testing.assert_close(target["energy"], z)
+    data, seen = batch(), []
+
+    def last(image, spacing, generator):
+        """A strategy of its own: all but the first quarter of the patches."""
+        seen.append((image, spacing, generator))
+        order = torch.arange(64).expand(2, 64)
+        return MaskIndices(order[:, :16], order[:, 16:])
+
+    _, target, _, kwargs = PrepareMaskedBatch(last, NoiseSampler())(data, "cpu")
+    ((image, spacing, generator),) = seen
+    assert torch.equal(image, data["image"].as_tensor()) and generator.device.type == "cpu"
+    assert torch.equal(target["spacing"], torch.tensor([[1.0, 1.0, 5.0]] * 2)) and torch.equal(
+        target["spacing"], spacing
+    )
+    assert torch.equal(kwargs["ids_predict"], torch.arange(16, 64).expand(2, 48))
 
 
 def test_the_same_seed_prepares_the_same_batch():
@@ -75,20 +87,23 @@ def test_the_same_seed_prepares_the_same_batch():
 
 def test_reconstruction_keeps_visible_patches_and_puts_predictions_in_their_places():
     _, target, _, kwargs = prepare()(batch((17, 16, 18)), "cpu")
-    network = MaskedAutoencoder(patch_size=4, **TOY)
+    network = toy()
     pred = torch.full((2, kwargs["ids_predict"].shape[1], 64), 7.0)
     out = Reconstruct(network)({"label": target, "pred": pred})
     assert out["reconstruction"].shape == target["image"].shape
     hidden = out["voxel_mask"]
     assert (out["reconstruction"][hidden] == 7).all()
     assert torch.equal(out["reconstruction"][~hidden], target["image"][~hidden])
-    high = target["energy"].gather(1, target["mask"]).topk(out["pred_high"].shape[1], dim=1).values
-    assert high.min() > target["energy"].gather(1, target["mask"]).median()
+    energy, _ = patch_energy(target["image"], (4, 4, 4), (1.0, 1.0, 5.0))
+    energy = energy.gather(1, target["mask"])
+    highest = energy.topk(out["true_high"].shape[1], dim=1).indices
+    assert highest.shape[1] == energy.shape[1] // 4
+    torch.testing.assert_close(out["true_high"], gather_tokens(out["true_masked"], highest))
 
 
 def test_a_perfect_prediction_reconstructs_the_image_also_with_normalised_targets():
     _, target, _, _ = prepare()(batch(), "cpu")
-    network = MaskedAutoencoder(patch_size=4, **TOY)
+    network = toy()
     true = gather_tokens(patchify(target["image"], (4, 4, 4)), target["mask"])
     plain = Reconstruct(network)({"label": target, "pred": true})
     torch.testing.assert_close(plain["reconstruction"], target["image"])
@@ -99,10 +114,12 @@ def test_a_perfect_prediction_reconstructs_the_image_also_with_normalised_target
 
 def test_panel_shows_a_row_a_sample():
     _, target, _, _ = prepare()(batch(), "cpu")
-    network = MaskedAutoencoder(patch_size=4, **TOY)
+    network = toy()
     out = Reconstruct(network)({"label": target, "pred": torch.zeros(2, target["mask"].shape[1], 64)})
     one = figure_to_array(reconstruction_panel(out, n_images=1))
     two = figure_to_array(reconstruction_panel(out, n_images=2, titles=["a", "b"]))
+    masked = figure_to_array(reconstruction_panel(out, n_images=1, mask=InverseFrequencyMask(4)))
+    assert masked.shape[1] > one.shape[1]  # one more column
     assert two.shape[0] > 1.7 * one.shape[0] and two.shape[1] == one.shape[1] and two.std() > 10
 
 
@@ -111,8 +128,8 @@ def test_a_network_overfits_one_batch_of_detail():
     ramp = torch.linspace(0, 1, 16)
     image = (torch.sin(20 * ramp)[:, None, None] * ramp[None, :, None] * torch.cos(9 * ramp)[None, None]).abs()
     image = image.expand(2, 1, 16, 16, 16)
-    ids, *_ = MaskSampler(4)(image, generator=torch.Generator().manual_seed(0))
-    network, loss = MaskedAutoencoder(patch_size=4, **TOY), MaskedReconstructionLoss(4)
+    ids = InverseFrequencyMask(4)(image, generator=torch.Generator().manual_seed(0))
+    network, loss = toy(), MaskedReconstructionLoss(4)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     errors = []
     for _ in range(150):
@@ -127,13 +144,13 @@ def test_a_network_overfits_one_batch_of_detail():
 def test_autocast_inferer_runs_in_bfloat16_only_when_asked():
     layer, within = torch.nn.Linear(4, 4), []
     layer.register_forward_hook(lambda module, args, output: within.append(output.dtype))
-    for enabled in (True, False, "false"):
+    for enabled in (True, False, flag("false")):
         assert AutocastInferer(enabled)(torch.rand(1, 4), layer).dtype == torch.float32  # for losses and metrics
     assert within == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_only_matrices_decay():
-    network = MaskedAutoencoder(patch_size=4, **TOY)
+    network = toy()
     decays, others = weight_decay_groups(network, 0.05)
     assert decays["weight_decay"] == 0.05 and others["weight_decay"] == 0
     assert {p.ndim for p in decays["params"]} == {2}

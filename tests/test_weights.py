@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("nilearn", reason="the MNI152 brain comes with the nilearn package")
 
-import mni152  # noqa: E402
+from benchmarks.figures import mni152  # noqa: E402
 
 PUBLISHED = {
     (row["weights"], row["figure"]): float(row["value"])

@@ -199,10 +199,8 @@ def test_the_options_of_mask_and_loss_run(scans, tmp_path):
         **{
             "image_size": [40, 36, 8],
             "val_fraction": 0,
-            "mask#hints": 0.05,
-            "mask#cutoff": 0.3,
-            "mask#local_amplitude": True,
-            "loss_function#visible_weight": 0.1,
+            "mask#gamma": 2.0,
+            "mask#stratify": False,
             "loss_function#spectral_weight": 0.1,
             "loss_function#normalize_target": True,
         },

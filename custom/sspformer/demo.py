@@ -1,9 +1,8 @@
-"""The demonstration dataset: a dozen variations of one averaged brain, built on first use without any download; and
-that brain as it is, for inference.
+"""Demonstration data, made without any download from the averaged brain in the nilearn package.
 
-It exists so that every workflow runs out of the box and every loader meets what clinical folders hold: NIfTI and DICOM,
-several orientations, voxel spacings, contrasts and intensity scales. It is not data to learn anatomy from: all subjects
-are the ICBM 152 average brain (skull-stripped; the nilearn package carries it), bent, recoloured and made noisy.
+With it every workflow runs out of the box, and every loader meets what clinical folders hold: NIfTI and DICOM, several
+orientations, voxel spacings, contrasts and intensity scales. It is no data to learn anatomy from: all subjects are the
+ICBM 152 average brain (skull-stripped), bent, recoloured and made noisy.
 """
 
 from __future__ import annotations
@@ -30,21 +29,16 @@ __all__ = ["LABELS", "make_demo_dataset", "make_demo_head"]
 
 VERSION = 3  # raise it when the images made from the same seed change
 
-
 MARKER = "demo.json"
-
 
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2, "cerebrospinal fluid": 3}
 
-
 STATEMENT = "variations of one averaged brain; not real subjects; not to learn from"
-
 
 SOURCE = (
     "ICBM 152 nonlinear symmetric 2009a average brain (T1-weighted, skull-stripped) with its grey- and white-matter "
     "maps, as the nilearn package carries them; warped, recoloured and made noisy by sspformer"
 )
-
 
 LICENCE = (
     "Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill "
@@ -55,9 +49,7 @@ LICENCE = (
     "property loss, or injury to subjects or patients resulting from the use or misuse of this software package."
 )
 
-
 FIELD_OF_VIEW = (186.0, 222.0, 186.0)  # mm, left-right, posterior-anterior, inferior-superior
-
 
 CENTRE = (0.0, -19.0, 4.0)  # mm, the middle of the brain in the template's RAS coordinates
 
@@ -91,24 +83,21 @@ PROTOCOLS = (
 
 
 def make_demo_dataset(output_dir: str | os.PathLike, n_subjects: int = 12, seed: int = 0) -> str:
-    """Build the demonstration dataset, or reuse the one that is there.
+    """Makes the demonstration data set, or reuses the one that is there; returns the absolute path of its folder.
 
-    The folder then holds ``images/demo_01.nii.gz`` and so on, the last subject as a DICOM series in ``images/demo_NN/``
-    instead, the tissue maps of all subjects in ``labels/demo_NN.nii.gz`` (see ``LABELS``) on their images' grids, and
-    ``demo.json``, which says what this is and lists the files. The same arguments give the same bytes. The folder
-    appears complete or not at all, so several processes may ask for it at once.
+    It holds the images ``images/demo_01.nii.gz`` and so on (the last one as a DICOM series, ``images/demo_NN/``), the
+    tissue maps ``labels/demo_01.nii.gz`` and so on (see ``LABELS``), and ``demo.json``, which says what this is and
+    lists the files. The same arguments give the same bytes. The folder appears complete or not at all, so several
+    processes may ask for it at once.
 
     Args:
-        output_dir: the folder to make. One made earlier with other arguments is replaced.
+        output_dir: the folder. One made earlier with other arguments is replaced.
         n_subjects: how many subjects, 2 or more.
         seed: of all random choices.
 
-    Returns:
-        The absolute path of the folder.
-
     Raises:
-        ValueError: if ``n_subjects`` is below 2, or if ``output_dir`` holds files that this function did not make.
-        ImportError: if the nilearn package, which carries the template, is not installed.
+        ValueError: when ``n_subjects`` is below 2, or ``output_dir`` holds files that this function did not make.
+        ImportError: when nilearn is not installed.
     """
     if n_subjects < 2:
         raise ValueError(
@@ -142,16 +131,16 @@ def make_demo_dataset(output_dir: str | os.PathLike, n_subjects: int = 12, seed:
 
 
 def make_demo_head(output_dir: str | os.PathLike) -> str:
-    """Write the averaged brain itself, ``mni152.nii.gz``: T1-weighted, 1 mm, skull-stripped, 8 bit.
+    """Writes the averaged brain itself: T1-weighted, 1 mm, skull-stripped, 8 bit.
 
     Args:
-        output_dir: the folder to write it to; a file of this name is left as it is.
+        output_dir: gets ``mni152.nii.gz``, unless it is there already.
 
     Returns:
-        The absolute path of the file.
+        the absolute path of the file.
 
     Raises:
-        ImportError: if the nilearn package, which carries the template, is not installed.
+        ImportError: when nilearn is not installed.
     """
     path = Path(output_dir).expanduser().absolute() / "mni152.nii.gz"
     if not path.is_file():
@@ -164,7 +153,7 @@ def make_demo_head(output_dir: str | os.PathLike) -> str:
 
 
 def _read_marker(folder: Path) -> dict | None:
-    """The contents of the folder's marker; None if there is none that this module wrote."""
+    """The content of the folder's ``demo.json``; None if there is none that this module wrote."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -173,7 +162,7 @@ def _read_marker(folder: Path) -> dict | None:
 
 
 def _is_complete(folder: Path, wanted: dict) -> bool:
-    """Whether the folder is a demonstration dataset made with the wanted arguments, and all its files are there."""
+    """Whether the folder was made with the wanted arguments, and all its files are there."""
     marker = _read_marker(folder)
     if marker is None or any(marker.get(key) != value for key, value in wanted.items()):
         return False
@@ -181,7 +170,7 @@ def _is_complete(folder: Path, wanted: dict) -> bool:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    """Raise a ValueError unless the folder is absent, empty, or holds nothing but an earlier demonstration dataset."""
+    """Raises a ValueError unless the folder is absent, empty, or holds nothing but earlier demonstration data."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -198,21 +187,14 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 
 def _load_template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Load the average brain at its stored 1 mm.
-
-    Returns:
-        The T1-weighted image as uint8 (X, Y, Z), 0 outside the brain; the tissue map as uint8 (X, Y, Z), see
-        ``LABELS``; the affine (4, 4) from voxels to RAS millimetres.
-
-    Raises:
-        ImportError: if nilearn is not installed.
-    """
+    """The average brain at 1 mm: T1-weighted image (0 outside the brain) and tissue map (see ``LABELS``), both uint8
+    (X, Y, Z), and the affine (4, 4) to RAS mm."""
     try:
         from nilearn import datasets
     except ImportError as error:
         raise ImportError(
-            "The demonstration dataset is made from the brain that the nilearn package carries, which is not "
-            'installed: pip install "sspformer[demo]", or use your own scans with --dataset_dir FOLDER.'
+            "the demonstration data are made from a brain in the nilearn package, which is not installed: "
+            'pip install "sspformer[demo]", or use your own scans with --dataset_dir FOLDER.'
         ) from error
     head = datasets.load_mni152_template(resolution=1)
     t1 = np.rint(head.get_fdata(dtype=np.float32) * 255).astype(np.uint8)
@@ -224,7 +206,7 @@ def _load_template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _write_subject(folder: Path, name: str, template: tuple, index: int, seed: int, as_dicom: bool) -> None:
-    """Scan one subject by its protocol; write the image, as NIfTI or DICOM, and the tissue map, always NIfTI."""
+    """Scans one subject by its protocol, and writes the image (NIfTI or DICOM) and the tissue map (NIfTI)."""
     protocol = PROTOCOLS[index % len(PROTOCOLS)]
     affine, shape = _scan_grid(protocol)
     image, labels = _scan(template, protocol, affine, shape, np.random.default_rng([seed, index]))
@@ -236,7 +218,7 @@ def _write_subject(folder: Path, name: str, template: tuple, index: int, seed: i
 
 
 def _scan_grid(protocol: Protocol) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The affine (4, 4) from voxels to RAS millimetres and the shape of a scan that covers the field of view."""
+    """The affine (4, 4) to RAS mm and the shape of a scan that covers the field of view."""
     ornt = nib.orientations.axcodes2ornt(protocol.axcodes).astype(int)  # (3, 2): anatomical axis, sign
     shape = tuple(math.ceil(FIELD_OF_VIEW[axis] / s) for (axis, _), s in zip(ornt, protocol.spacing, strict=True))
     directions = np.zeros((3, 3))
@@ -248,19 +230,11 @@ def _scan_grid(protocol: Protocol) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _scan(
-    template: tuple[np.ndarray, np.ndarray, np.ndarray],
-    protocol: Protocol,
-    affine: np.ndarray,
-    shape: tuple[int, ...],
-    rng: np.random.Generator,
+    template: tuple, protocol: Protocol, affine: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vary the template into one subject and scan it.
-
-    Returns:
-        The magnitude image as int16 and the tissue map as uint8, both (X, Y, Z) on the grid of ``affine``.
-    """
+    """Makes the template into one subject and scans it: magnitude image int16 and tissue map uint8, (X, Y, Z)."""
     t1, tissue, template_affine = template
-    # This subject's shape: an affine about the brain's centre, then a smooth displacement of some millimetres.
+    # The shape of this subject: an affine about the brain's centre, then a smooth displacement of some millimetres.
     shape_change = _rotation(rng.uniform(-6, 6, 3)) * rng.uniform(0.94, 1.06, 3)
     to_template = np.linalg.inv(template_affine) @ _about(CENTRE, shape_change, rng.uniform(-3, 3, 3)) @ affine
     displacement = 2 * torch.cat([_smooth_field(t1.shape, 20, rng) for _ in range(3)], dim=1)
@@ -287,7 +261,7 @@ def _scan(
 
 
 def _contrast_curve(protocol: Protocol) -> np.ndarray:
-    """The brightness, in 0..1, of each of the template's 256 grey levels; (256,) float32."""
+    """The brightness in 0..1 of each of the template's grey levels, (256,) float32."""
     level = np.linspace(0, 1, 256, dtype=np.float32)
     curve = level**protocol.gamma
     if protocol.contrast == "t2":
@@ -297,7 +271,7 @@ def _contrast_curve(protocol: Protocol) -> np.ndarray:
 
 
 def _rotation(degrees) -> np.ndarray:
-    """The rotation matrix (3, 3) of angles in degrees about the left-right, then the other two RAS axes."""
+    """The matrix (3, 3) that rotates by angles in degrees about the first, then the second, then the third axis."""
     matrix = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(degrees)):
         i, j = (axis + 1) % 3, (axis + 2) % 3
@@ -316,11 +290,8 @@ def _about(centre, linear: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 
 def _smooth_field(shape: tuple[int, ...], smoothness: float, rng: np.random.Generator) -> torch.Tensor:
-    """Gaussian noise over the template's box, smoothed with ``smoothness`` mm, of mean 0 and standard deviation 1.
-
-    Returns:
-        A tensor (1, 1, X, Y, Z) with a voxel every ``smoothness / 2`` mm.
-    """
+    """Gaussian noise over the template's box, smoothed with ``smoothness`` mm, of mean 0 and standard deviation 1;
+    (1, 1, X, Y, Z) with a voxel every ``smoothness / 2`` mm."""
     step = smoothness / 2
     noise = rng.standard_normal([math.ceil(side / step) for side in shape], dtype=np.float32)
     field = GaussianFilter(3, smoothness / step)(torch.from_numpy(noise)[None, None])
@@ -334,17 +305,14 @@ def _template_points(
     template_shape: tuple[int, ...],
     displacement: torch.Tensor,
 ) -> torch.Tensor:
-    """Where the voxels of a scan lie in the template.
+    """Where the voxels of a scan lie in the template: (1, X, Y, Z, 3) as ``grid_sample`` takes it.
 
     Args:
         to_template: affine (4, 4) from the scan's voxels to the template's.
         shape: of the scan.
-        offset: in voxels of the scan, added to their positions.
+        offset: added to the positions of the voxels, in voxels.
         template_shape: voxels of the template, 1 mm each.
-        displacement: mm, added in the template; (1, 3, ...), spread over the template's box.
-
-    Returns:
-        The points (1, X, Y, Z, 3) in the coordinates of ``grid_sample``: -1..1 over the box, last axis first.
+        displacement: added in the template, in mm; (1, 3, ...), spread over the template's box.
     """
     axes = [torch.arange(side, dtype=torch.float32) + shift for side, shift in zip(shape, offset.tolist(), strict=True)]
     voxels = torch.stack(torch.meshgrid(axes, indexing="ij"), dim=-1)
@@ -356,12 +324,12 @@ def _template_points(
 
 
 def _read(volume: torch.Tensor, points: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
-    """The values of a volume (1, 1, ...), spread over the template's box, at the points; (X, Y, Z), 0 outside."""
+    """The values of a volume (1, 1, ...), spread over the template's box, at the points; 0 outside."""
     return F.grid_sample(volume, points, mode=mode, align_corners=True)[0, 0]
 
 
 def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
-    """Write a volume with its affine from voxels to scanner millimetres."""
+    """Writes a volume whose affine leads to scanner coordinates in mm."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
@@ -371,7 +339,7 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
 
 def _write_dicom(folder: Path, name: str, image: np.ndarray, affine: np.ndarray, seed: int) -> None:
-    """Write an int16 volume (X, Y, Z) as a DICOM MR series, one file for each index along Z."""
+    """Writes an int16 volume (X, Y, Z) as a DICOM MR series, one file for each index along Z."""
     to_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     directions = to_lps[:3, :3] / spacing
@@ -421,7 +389,7 @@ def _write_dicom(folder: Path, name: str, image: np.ndarray, affine: np.ndarray,
 
 
 def _save_dicom(ds: Dataset, path: Path) -> None:
-    """Write one DICOM file in the standard's file format; pydicom 3 renamed the argument that asks for it."""
+    """Writes a DICOM file with the standard's preamble, for which pydicom 3 renamed the argument."""
     if int(pydicom.__version__.split(".")[0]) >= 3:
         ds.save_as(path, enforce_file_format=True)
     else:

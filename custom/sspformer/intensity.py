@@ -1,4 +1,4 @@
-"""What is measured on the intensities of an image: its foreground, its noise."""
+"""Foreground and noise of an image, from its intensities alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ __all__ = ["above_mean", "noise_level"]
 
 
 def noise_level(image: Tensor) -> Tensor:
-    """Standard deviation of white noise that explains the finest details of each image ``(B, C, *S)``, one for each
-    channel ``(B, C, 1, ...)``: median absolute diagonal coefficient of the Haar wavelet, over 0.6745 (Donoho and
-    Johnstone, Biometrika 81:425, 1994). Coefficients that are 0 do not count: air that was set to 0 holds no noise.
+    """Standard deviation of the white noise in each channel of ``(B, C, *S)``: ``(B, C, 1, ...)``.
+
+    The median absolute diagonal coefficient of the Haar wavelet over 0.6745 (Donoho and Johnstone, Biometrika 81:425,
+    1994). Coefficients of 0 do not count: air that was set to 0 holds no noise.
     """
     detail = image.float()
     for axis in range(2, image.ndim):
@@ -25,6 +26,5 @@ def noise_level(image: Tensor) -> Tensor:
 
 
 def above_mean(image: Tensor) -> Tensor:
-    """Where an image is brighter than its mean: a coarse foreground of MRI, whatever the scale. For
-    ``CropForegroundd``."""
+    """Coarse foreground of MRI at any intensity scale, where it is brighter than its mean; for ``CropForegroundd``."""
     return image > image.mean()

@@ -1,6 +1,6 @@
 """k-space of MRI images: the one place that knows Fourier conventions and physical frequency.
 
-Conventions (the bundle's docs/METHOD.md, "Conventions"):
+Conventions (docs/method.md):
 
 - Images are batches ``(B, C, *S)`` with two or three spatial sides ``S``. Transforms run over the spatial axes only,
   with ``norm="ortho"``, so that they keep energy (Parseval).
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
 from torch import Tensor
 
@@ -29,6 +30,7 @@ __all__ = [
     "magnitude",
     "phase_encode_line",
     "radial_frequency",
+    "reduce_resolution",
     "spacing_of",
     "spatial_axes",
     "to_image",
@@ -142,24 +144,19 @@ def radial_frequency(image: Tensor, spacing: Sequence[float] | Tensor | None = N
     return total.sqrt()
 
 
-def highpass(rho: Tensor, gamma: float = 1.0, cutoff: float | None = None) -> Tensor:
-    """A smooth high-pass filter ``W(rho)`` with ``W(0) = 0`` and ``W(1) <= 1``.
+def highpass(rho: Tensor, gamma: float = 1.0) -> Tensor:
+    """High-pass weight ``W = rho ** gamma`` of the radial frequency: 0 at zero frequency, rising to 1.
 
     Args:
-        rho: radial frequency in [0, 1].
-        gamma: steepness. Without a cutoff the filter is ``rho ** gamma``; with one, ``gamma`` is the order of a
-            Butterworth filter, ``1 / sqrt(1 + (cutoff / rho) ** (2 * gamma))``.
-        cutoff: radial frequency at which the Butterworth filter has fallen to ``1 / sqrt(2)``, or None.
+        rho: radial frequency in [0, 1], see :func:`radial_frequency`.
+        gamma: above 0.
 
     Raises:
-        ValueError: if ``gamma`` or ``cutoff`` is not above zero.
+        ValueError: if ``gamma`` is not above 0.
     """
-    if gamma <= 0 or (cutoff is not None and cutoff <= 0):
-        raise ValueError(f"gamma and cutoff of the high-pass must be above 0, got gamma={gamma}, cutoff={cutoff}.")
-    if cutoff is None:
-        return rho if gamma == 1 else rho**gamma
-    powered = (rho / cutoff) ** (2 * gamma)
-    return (powered / (1 + powered)).sqrt()
+    if gamma <= 0:
+        raise ValueError(f"gamma of the high-pass must be above 0, got {gamma}.")
+    return rho if gamma == 1 else rho**gamma
 
 
 def filter_image(image: Tensor, weight: Tensor) -> Tensor:
@@ -180,10 +177,10 @@ def phase_encode_line(n_lines: int, device: torch.device | str | None = None) ->
 def fourier_resample(image: Tensor, size: Sequence[int]) -> Tensor:
     """A real image on a finer or coarser grid over the same field of view, by padding or cropping its k-space.
 
-    Sinc interpolation, exact on what both grids can hold. Voxel 0 keeps its place, so the new affine is
-    ``affine @ diag(n / n')`` for ``n`` voxels before and ``n'`` after. The term at the Nyquist frequency of an even
-    side is split in halves on the way up, and the two halves fold on the way down, so that down after up is the
-    identity (as in ``scipy.signal.resample``). Intensities stay as they are; beside sharp edges the image rings.
+    This is sinc interpolation, exact for all frequencies that both grids can hold. Voxel 0 keeps its place, so the new
+    affine is ``affine @ diag(n / n')`` for ``n`` voxels before and ``n'`` after. On the way up the term at the Nyquist
+    frequency of an even side is split in halves, which fold on the way down: down after up is the identity, as in
+    ``scipy.signal.resample``. Intensities keep their scale; beside sharp edges the image rings.
 
     Args:
         image: real ``(B, C, *S)``.
@@ -212,22 +209,71 @@ def fourier_resample(image: Tensor, size: Sequence[int]) -> Tensor:
     return image
 
 
-def data_consistency(pred: Tensor, low: Tensor) -> Tensor:
-    """``pred`` with the part of its k-space that ``low`` has measured put back exactly; the rest as predicted.
+def reduce_resolution(image: Tensor, factors: Sequence[float] | Tensor) -> Tensor:
+    """The image as an acquisition with fewer k-space lines shows it, zero-filled to the same grid.
 
-    .. math:: pred + U (low - D pred)
+    Along an axis of ``n`` voxels ``round(n / factor)`` lines are kept, at least one. The result is that of
+    :func:`fourier_resample` down to that many voxels and up again, but each sample of a batch has a factor of its own,
+    and nothing waits for the device.
 
-    with :func:`fourier_resample` up (``U``) and down (``D``): resampled to the grid of ``low``, the result is ``low``.
+    Args:
+        image: real ``(B, C, *S)``.
+        factors: voxel size of the acquisition over that of the grid, for each axis; ``(len(S),)`` or
+            ``(B, len(S))``, 1 or more.
+
+    Returns:
+        ``(B, C, *S)``, float32. Beside sharp edges it rings, also below 0.
+
+    Raises:
+        ValueError: if the shape of ``factors`` does not fit.
+    """
+    axes, image = spatial_axes(image), image.float()
+    factors = torch.as_tensor(factors, dtype=torch.float32, device=image.device)
+    if factors.shape not in ((len(axes),), (image.shape[0], len(axes))):
+        raise ValueError(
+            f"factors have shape {tuple(factors.shape)}; for an image of shape {tuple(image.shape)} it must be "
+            f"({len(axes)},) or ({image.shape[0]}, {len(axes)})."
+        )
+    for axis, factor in zip(axes, factors.expand(image.shape[0], -1).unbind(dim=1)):
+        n = image.shape[axis]
+        lines = (n / factor).round().clamp(1, n).reshape(-1, *[1] * (image.ndim - 1))
+        half = torch.fft.rfft(image, dim=axis)
+        index = torch.arange(half.shape[axis], device=image.device).reshape(-1, *[1] * (-1 - axis))
+        # of the two terms at the Nyquist frequency of fewer lines, only the even part survives folding and splitting
+        half = torch.complex(half.real * (2 * index <= lines), half.imag * (2 * index < lines))
+        image = torch.fft.irfft(half, n=n, dim=axis)
+    return image
+
+
+def data_consistency(
+    pred: Tensor, measured: Tensor, factors: Sequence[float] | Tensor | None = None, margin: int = 0
+) -> Tensor:
+    r"""``pred`` with the part of its k-space that was measured put back exactly; the rest as predicted.
+
+    .. math:: pred + P (measured - pred)
+
+    with the projection ``P`` onto the k-space lines that were read. What was measured without noise is true, so over a
+    whole scan this can only lower the squared error.
 
     Args:
         pred: ``(B, C, *S)``.
-        low: what was measured, ``(B, C, *s)`` over the same field of view, no side longer than that of ``pred``.
+        measured: either on a grid of its own over the same field of view, ``(B, C, *s)``, no side longer than that of
+            ``pred``; the difference is then taken on that grid. Or zero-filled to the grid of ``pred`` by
+            :func:`reduce_resolution`, with its ``factors``.
+        factors: see :func:`reduce_resolution`; None: ``measured`` is on its own grid.
+        margin: voxels that were cut off each end after :func:`reduce_resolution`; nothing is predicted there.
 
     Raises:
-        ValueError: if a side of ``low`` is longer than that of ``pred``.
+        ValueError: if a side of ``measured`` is longer than that of ``pred``.
     """
-    if any(coarse > fine for coarse, fine in zip(low.shape[2:], pred.shape[2:])):
+    if any(coarse > fine for coarse, fine in zip(measured.shape[2:], pred.shape[2:])):
         raise ValueError(
-            f"low has sides {tuple(low.shape[2:])} and pred {tuple(pred.shape[2:])}: no side of low may be the longer."
+            f"what was measured has sides {tuple(measured.shape[2:])} and pred {tuple(pred.shape[2:])}: no side of it "
+            "may be the longer."
         )
-    return pred + fourier_resample(low - fourier_resample(pred, low.shape[2:]), pred.shape[2:])
+    if factors is None:
+        missing = measured - fourier_resample(pred, measured.shape[2:])
+        return pred + fourier_resample(missing, pred.shape[2:])
+    missing = F.pad(measured - pred.float(), [margin] * 2 * (pred.ndim - 2))
+    inner = (..., *(slice(margin, side - margin) for side in missing.shape[2:]))
+    return pred + reduce_resolution(missing, factors)[inner]

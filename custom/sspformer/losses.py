@@ -7,28 +7,25 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from monai.losses import DiceCELoss
-from monai.utils import ensure_tuple_rep, str2bool
+from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
 from . import kspace
 from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
-from .transforms.resolution import keep_measured
+from .options import flag
 
 __all__ = ["BalancedDiceCELoss", "MaskedReconstructionLoss", "RestorationLoss", "normalize_patches"]
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch ``(B, N, P)`` less its mean, over its standard deviation; returns the patches, the means and the
-    deviations."""
+    """Patches ``(B, N, P)`` less their means, over their standard deviations; and the means and deviations."""
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
 
 
 class MaskedReconstructionLoss(nn.Module):
-    """Mean squared error of predicted patches against the clean image.
-
-    ``loss = mse(masked) + visible_weight * mse(visible) + spectral_weight * spectral``
+    """Mean squared error of predicted patches against the clean image: ``mse + spectral_weight * spectral``.
 
     The spectral term is the energy of the error over the masked patches, weighed in k-space by the high-pass
     ``W(rho) = rho ** spectral_gamma`` of :func:`sspformer.kspace.highpass`; were ``W`` 1 everywhere, it would be the
@@ -37,76 +34,55 @@ class MaskedReconstructionLoss(nn.Module):
     Args:
         patch_size: voxels along each spatial axis, or one number for all.
         spatial_dims: 2 or 3.
-        visible_weight: weight of the visible patches (denoising), 0 or more. Above 0 they must be among the predicted
-            ones.
         spectral_weight: weight of the spectral term, 0 or more.
         spectral_gamma: exponent of its high-pass.
-        normalize_target: predict each patch less its own mean, over its own standard deviation (He et al., arXiv
-            2111.06377).
+        normalize_target: predict patches as :func:`normalize_patches` gives them (He et al., arXiv 2111.06377).
 
     Raises:
-        ValueError: if a weight is negative.
+        ValueError: if ``spectral_weight`` is negative.
     """
 
     def __init__(
         self,
         patch_size: Sequence[int] | int,
         spatial_dims: int = 3,
-        visible_weight: float = 0.0,
         spectral_weight: float = 0.0,
         spectral_gamma: float = 1.0,
         normalize_target: bool = False,
     ) -> None:
         super().__init__()
-        if visible_weight < 0 or spectral_weight < 0:
-            raise ValueError(
-                "weights of the loss must be 0 or more, got "
-                f"visible_weight={visible_weight}, spectral_weight={spectral_weight}."
-            )
+        if spectral_weight < 0:
+            raise ValueError(f"spectral_weight must be 0 or more, got {spectral_weight}.")
         self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
-        self.visible_weight = visible_weight
-        self.spectral_weight = spectral_weight
-        self.spectral_gamma = spectral_gamma
-        self.normalize_target = str2bool(normalize_target)  # the command line gives "false" as a string
+        self.spectral_weight, self.spectral_gamma = spectral_weight, spectral_gamma
+        self.normalize_target = flag(normalize_target)
 
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar.
 
         Args:
-            pred: predicted patches ``(B, M, P)``: the masked ones, followed by the visible ones where
-                ``visible_weight`` is above 0.
-            target: ``image``, the clean image ``(B, C, *S)``; ``mask``, indices of the masked patches ``(B, M)``;
-                ``keep``, of the visible ones ``(B, K)``; and, for the spectral term, ``spacing`` in mm ``(B, len(S))``.
+            pred: predicted patches ``(B, M, P)``.
+            target: ``image``, the clean image ``(B, C, *S)``; ``mask``, indices of the predicted patches ``(B, M)``;
+                and, for the spectral term, ``spacing`` in mm ``(B, len(S))``.
 
         Raises:
-            ValueError: if the number of predicted patches is not what the weights need.
+            ValueError: if the number of predicted patches is not that of the masked ones.
         """
-        index, n_mask = target["mask"], target["mask"].shape[1]
-        if self.visible_weight > 0:
-            index = torch.cat([index, target["keep"]], dim=1)
+        index = target["mask"]
         if pred.shape[1] != index.shape[1]:
-            raise ValueError(
-                f"got {pred.shape[1]} predicted patches for {index.shape[1]} targets; with visible_weight above 0 the "
-                "visible patches must be predicted too (predict_visible of the batch preparation), otherwise not."
-            )
+            raise ValueError(f"got {pred.shape[1]} predicted patches for {index.shape[1]} masked ones.")
         image = pad_to_patches(target["image"].float(), self.patch_size)
         clean = gather_tokens(patchify(image, self.patch_size), index)
         if self.normalize_target:
             clean, *_ = normalize_patches(clean)
         error = pred.float() - clean
-
-        loss = error[:, :n_mask].square().mean()
-        if self.visible_weight > 0:
-            loss = loss + self.visible_weight * error[:, n_mask:].square().mean()
+        loss = error.square().mean()
         if self.spectral_weight > 0:
-            loss = loss + self.spectral_weight * self.spectral(
-                error[:, :n_mask], target["mask"], image, target["spacing"]
-            )
+            loss = loss + self.spectral_weight * self.spectral(error, index, image, target["spacing"])
         return loss
 
     def spectral(self, error: Tensor, index: Tensor, image: Tensor, spacing: Tensor) -> Tensor:
-        """High-pass energy of the error ``(B, M, P)`` of the masked patches, put back in their places; per voxel of
-        them."""
+        """High-pass energy of the error ``(B, M, P)`` of the masked patches in their places, per voxel of them."""
         grid = [side // patch for side, patch in zip(image.shape[2:], self.patch_size)]
         patches = error.new_zeros(error.shape[0], math.prod(grid), error.shape[2])
         patches = patches.scatter(1, index[..., None].expand_as(error), error)
@@ -116,10 +92,10 @@ class MaskedReconstructionLoss(nn.Module):
 
 
 class BalancedDiceCELoss(DiceCELoss):
-    """MONAI's ``DiceCELoss`` whose cross entropy, and only that, weighs the classes.
+    """MONAI's ``DiceCELoss`` with class weights in the cross entropy alone.
 
-    MONAI weighs the Dice of each class as well, which is balanced by itself; cross entropy alone leaves small
-    structures unseen until the large ones are learnt.
+    Without weights, cross entropy ignores small structures until the large ones are learnt. Dice is balanced by itself,
+    but MONAI would weigh it, too.
 
     Args:
         class_weight: of each class, background included; see :func:`sspformer.data.class_weights`.
@@ -132,19 +108,20 @@ class BalancedDiceCELoss(DiceCELoss):
 
 
 class RestorationLoss(nn.Module):
-    r"""How much of the degradation's error is left, in dB: minus the gain in PSNR, averaged over the batch.
+    r"""Minus the gain in PSNR, in dB, averaged over the batch: how much of the degradation's error is left.
 
     .. math:: 10 \log_{10} \frac{mse(pred, clean) + \epsilon}{mse(degraded, clean) + \epsilon}
 
-    The plain squared error is ruled by the strongest degradations; here each one counts alike, so that a network blind
-    to the level learns not to harm a scan that has hardly any.
+    The strongest degradations would rule the plain squared error. Here all count alike, so a network that cannot tell
+    the level learns not to harm a scan that has hardly any.
 
-    If the target has the ``factor`` of a lower resolution, the prediction is judged after :func:`keep_measured`: the
-    network need not find out which k-space was measured, and may write anything there. It is to be used the same way.
+    If the target has the ``factor`` of a lower resolution, :func:`sspformer.kspace.data_consistency` comes before the
+    comparison. The network need not find out which k-space was measured, and may write anything there, so apply the
+    same step after it in use.
 
     Args:
         eps: mean square that counts as nothing, above 0; 1e-6 is a thousandth of the intensity range.
-        margin: that of :class:`PrepareDegradedBatch`, for :func:`keep_measured`.
+        margin: that of :class:`PrepareDegradedBatch`.
 
     Raises:
         ValueError: if ``eps`` is not above 0, or ``margin`` is negative.
@@ -166,5 +143,5 @@ class RestorationLoss(nn.Module):
             return (image.float() - target["clean"]).square().flatten(1).mean(dim=1) + self.eps
 
         if "factor" in target:
-            pred = keep_measured(pred, target["degraded"], target["factor"], self.margin)
+            pred = kspace.data_consistency(pred, target["degraded"], target["factor"], self.margin)
         return 10 * (error(pred).log10() - error(target["degraded"]).log10()).mean()

@@ -1,4 +1,4 @@
-"""Scores of segmentation and restoration, and their summary over subjects."""
+"""Metrics of segmentation and restoration, and their summary over subjects."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from monai.handlers.ignite_metric import IgniteMetricHandler
 from monai.metrics import HausdorffDistanceMetric, PSNRMetric, SSIMMetric, SurfaceDiceMetric
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.networks import one_hot
+from scipy.stats import bootstrap
 from torch import Tensor
 
 from . import kspace
@@ -24,33 +25,34 @@ __all__ = [
     "HausdorffDistance95",
     "SurfaceDice",
     "bootstrap_interval",
+    "mean_of_finite",
     "restoration_metrics",
     "summarize",
 ]
 
 
 class _OfLabelMaps:
-    """Lets a metric of surfaces take label maps ``(B, 1, *S)``, of which MetaTensors, and measure in mm.
+    """Lets a surface metric take label maps ``(B, 1, *S)``, MetaTensors, and measure in mm.
 
-    Only the box around both maps' labels becomes one-hot: 17 structures of a 1 mm head would take gigabytes. A
+    Only the box around the labels becomes one-hot, because 17 structures of a 1 mm head would take gigabytes. A
     structure that the true map lacks has no score (nan), whatever was predicted, as in MONAI's ``DiceMetric``.
     """
 
     num_classes: int
-    of_missed: float  # of a structure that is there and was not predicted: MONAI's quantile of infinities is nan
+    of_missed: float  # score of a structure that was not predicted, see sspformer.compat
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor, **kwargs) -> Tensor:
         spacing = kspace.spacing_of(y[0])
         if spacing is None:
             raise ValueError("the true label map is a plain tensor without an affine, so distances in mm are unknown.")
-        maps = [torch.as_tensor(labels).as_subclass(Tensor).cpu() for labels in (y_pred, y)]  # KD-trees are there
+        maps = [torch.as_tensor(labels).as_subclass(Tensor).cpu() for labels in (y_pred, y)]  # as KD-trees need it
         voxels = torch.stack(maps).amax(dim=(0, 1, 2)).nonzero()
         if len(voxels):
             box = [slice(low, high + 1) for low, high in zip(voxels.amin(0).tolist(), voxels.amax(0).tolist())]
             maps = [labels[(..., *box)] for labels in maps]
         pred, true = (one_hot(labels, self.num_classes, dtype=torch.uint8) for labels in maps)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of structures that are absent or missed: see below
+            warnings.simplefilter("ignore")  # about absent and missed structures, handled below
             scores = super()._compute_tensor(pred, true, spacing=spacing.tolist())  # type: ignore[misc]
         is_there, is_predicted = (labels[:, 1:].flatten(2).amax(dim=2) > 0 for labels in (true, pred))
         scores = scores.masked_fill(is_there & ~is_predicted, self.of_missed)
@@ -58,8 +60,7 @@ class _OfLabelMaps:
 
 
 class SurfaceDice(_OfLabelMaps, SurfaceDiceMetric):
-    """MONAI's ``SurfaceDiceMetric`` of label maps: the share of both surfaces that is at most ``tolerance`` from the
-    other.
+    """MONAI's ``SurfaceDiceMetric`` for label maps: the share of both surfaces within ``tolerance`` of the other.
 
     Args:
         num_classes: with the background, which has no score.
@@ -74,9 +75,9 @@ class SurfaceDice(_OfLabelMaps, SurfaceDiceMetric):
 
 
 class HausdorffDistance95(_OfLabelMaps, HausdorffDistanceMetric):
-    """MONAI's ``HausdorffDistanceMetric`` at the 95th percentile, in mm, of label maps.
+    """MONAI's ``HausdorffDistanceMetric`` for label maps, 95th percentile, in mm.
 
-    Infinite for a structure that is there and was not predicted at all.
+    It is infinite for a structure that was not predicted at all.
 
     Args:
         num_classes: with the background, which has no score.
@@ -90,8 +91,7 @@ class HausdorffDistance95(_OfLabelMaps, HausdorffDistanceMetric):
 
 
 class ForegroundPSNR(PSNRMetric):
-    """MONAI's ``PSNRMetric`` over the voxels that are brighter than the mean of the true image: air, which is easy to
-    restore, does not count.
+    """MONAI's ``PSNRMetric`` over the voxels brighter than the mean of the true image, because air is easy to restore.
 
     Args:
         max_val: the intensity range.
@@ -110,8 +110,9 @@ class ForegroundPSNR(PSNRMetric):
 
 
 class FittedSSIM(SSIMMetric):
-    """MONAI's ``SSIMMetric`` with a window that fits: along an axis with fewer voxels than ``win_size``, such as the
-    slices of a thin slab, it is as long as the largest odd number of them.
+    """MONAI's ``SSIMMetric`` with a window that fits thin slabs.
+
+    Along an axis with fewer voxels than ``win_size``, the window has the largest odd number of them.
 
     Args:
         spatial_dims: 2 or 3.
@@ -123,7 +124,7 @@ class FittedSSIM(SSIMMetric):
         super().__init__(spatial_dims, data_range, **kwargs)
 
     def ssim_map(self, y_pred: Tensor, y: Tensor) -> tuple[Tensor, list[int]]:
-        """A value for each place where the whole window fits, ``(B, C, *s)``, and the sides of the window."""
+        """SSIM wherever the whole window fits, ``(B, C, *s)``, and the sides of the window."""
         sides = [min(size, side - 1 + side % 2) for size, side in zip(self.kernel_size, y.shape[2:])]
         window = {"kernel_type": self.kernel_type, "kernel_size": sides, "kernel_sigma": self.kernel_sigma}
         ssim, _ = compute_ssim_and_cs(
@@ -136,7 +137,7 @@ class FittedSSIM(SSIMMetric):
 
 
 class ForegroundSSIM(FittedSSIM):
-    """:class:`FittedSSIM`, its map averaged over the voxels that are brighter than the mean of the true image."""
+    """:class:`FittedSSIM`, averaged over the voxels brighter than the mean of the true image."""
 
     def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
         ssim, sides = self.ssim_map(y_pred, y)
@@ -202,20 +203,20 @@ def bootstrap_interval(
     """
     if len(scores) < 2:
         return np.nan, np.nan
-    draws = np.random.default_rng(seed).integers(len(scores), size=(n_resamples, len(scores)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(scores[draws].mean(axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    options = {"confidence_level": confidence, "n_resamples": n_resamples, "method": "percentile"}
+    interval = bootstrap((scores,), np.mean, **options, rng=np.random.default_rng(seed)).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def _mean_of_subjects(scores: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
     """Scores of scans to those of subjects: the mean of what is finite of theirs, else nan."""
     order = list(dict.fromkeys(subjects))
     of_each = [scores[[of == subject for of in subjects]] for subject in order]
-    return np.array([_mean_of_finite(own[None])[0] for own in of_each])
+    return np.array([mean_of_finite(own[None])[0] for own in of_each])
 
 
-def _mean_of_finite(scores: np.ndarray) -> np.ndarray:
+def mean_of_finite(scores: np.ndarray) -> np.ndarray:
+    """Mean of the finite scores of each row, ``(N, M)`` to ``(N,)``; nan for a row without any."""
     finite = np.where(np.isfinite(scores), scores, np.nan)
     counts = np.isfinite(scores).sum(axis=1)
     return np.divide(np.nansum(finite, axis=1), counts, out=np.full(len(scores), np.nan), where=counts > 0)

@@ -1,10 +1,10 @@
-"""Pictures: panels of masks and reconstructions, of segmentations and of restored scans, and curves of a training."""
+"""Figures: panels of reconstructions, segmentations and restored scans, and training curves."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -17,7 +17,7 @@ from monai.metrics import PSNRMetric, compute_dice
 from monai.transforms import Orientation
 from torch import Tensor
 
-from .transforms.masking import MaskSampler, high_frequency_map, voxel_mask
+from .transforms.masking import MaskIndices, high_frequency_map, voxel_mask
 
 __all__ = [
     "axial_slice",
@@ -29,26 +29,30 @@ __all__ = [
     "segmentation_panel",
 ]
 
-# Told apart on grey and side by side; in the order of the 17 brain structures, neighbours contrast.
+# distinct on grey; in the order of the 17 brain structures, neighbours contrast
 COLORS = (
     "#e6594c #f2e6c4 #3f7fe0 #35c7f0 #1fa8a0 #7fa6c9 #59c14f #ff9d2e #c04fd6 #f7d33b #ff5fa8 #2fe0a6 #9a6bff #a8743d "
     "#bfe03a #d98cb8 #ffb38a #5c9ead #b0413e #8fd694"
 ).split()
 
 
-CURVES = (  # title, pattern of the names of the columns that are drawn together
+#: title of a plot, and pattern of the columns in it
+CURVES = (
     ("loss", r".*(loss|_error)"),
     ("Dice", r".*dice.*"),
     ("PSNR, dB", r".*psnr.*"),
     ("SSIM", r".*ssim.*"),
 )
 
-
-NOT_DRAWN = ("epoch", "iteration", "learning_rate", "beta")  # the axis, and what follows a schedule
+#: the axis, and what follows a schedule
+NOT_DRAWN = ("epoch", "iteration", "learning_rate", "beta")
 
 
 def reconstruction_panel(
-    output: Mapping, n_images: int = 4, titles: Sequence[str] | None = None, mask: MaskSampler | None = None
+    output: Mapping,
+    n_images: int = 4,
+    titles: Sequence[str] | None = None,
+    mask: Callable[..., MaskIndices] | None = None,
 ) -> Figure:
     """One row a sample: clean, noisy, high-frequency map, masks, reconstruction, absolute error.
 
@@ -57,23 +61,21 @@ def reconstruction_panel(
             last axis (axial after ``Orientationd("RAS")``) is shown, of several channels the first.
         n_images: rows at the most.
         titles: a name for each row.
-        mask: what draws the masks of the training; one more column then shows one of them, and its high-pass is that
-            of the map.
+        mask: the mask strategy of the training; one more column then shows a mask of it.
     """
     target, clean, noisy = output["label"], output["clean"], output["label"]["noisy"]
-    highpass = (mask.gamma, mask.cutoff) if mask is not None else ()
     columns = [
         ("clean", clean, 1.0),
         ("with noise", noisy, 1.0),
-        ("high-frequency map", high_frequency_map(clean, target["spacing"], *highpass), None),
+        ("high-frequency map", high_frequency_map(clean, target["spacing"]), None),
         ("input: uniform mask", noisy.masked_fill(output["voxel_mask"], torch.nan), 1.0),
         ("reconstruction", output["reconstruction"], 1.0),
         ("error x 2", (output["reconstruction"] - clean).abs(), 0.5),
     ]
     if mask is not None:
-        indices, *_ = mask(clean, target["spacing"], torch.Generator(clean.device).manual_seed(0))
-        drawn = voxel_mask(indices, clean.shape[2:], mask.patch_size)
-        columns.insert(3, (f"training mask, beta {mask.beta:.2g}", noisy.masked_fill(drawn, torch.nan), 1.0))
+        indices = mask(clean, target["spacing"], torch.Generator(clean.device).manual_seed(0))
+        drawn = voxel_mask(indices, clean.shape[2:], output["patch_size"])
+        columns.insert(3, ("input: training mask", noisy.masked_fill(drawn, torch.nan), 1.0))
     rows = min(n_images, clean.shape[0])
 
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows + 0.3), layout="constrained", facecolor="white")
@@ -95,21 +97,21 @@ def reconstruction_panel(
 
 
 def class_colors(n_classes: int) -> list[str]:
-    """A colour for each of the labels from 1 to ``n_classes``; after twenty they repeat."""
+    """A colour for each label from 1 to ``n_classes``; they repeat after twenty."""
     return [COLORS[i % len(COLORS)] for i in range(n_classes)]
 
 
 def segmentation_panel(samples: Sequence[Mapping], class_names: Sequence[str] | None = None) -> Figure:
-    """One row a sample: true and predicted labels over axial, coronal and sagittal slices, and a legend.
+    """One row for each sample: true and predicted labels on axial, coronal and sagittal slices, with a legend.
 
-    The slices are those that show most of the structures, cropped to where there are labels, as radiologists look at
-    them: the person's right at the left, in sagittal slices the front.
+    The slices show as much of the structures as possible, and are cropped to the labels. The patient's right is on the
+    left, as radiologists look at scans; in sagittal slices, the front is.
 
     Args:
-        samples: each with ``image`` (C, *S), whose first channel is shown; ``pred``, labels (1, *S) or a score of each
-            class, background first (C, *S); perhaps ``label``, as ``pred``, and ``name``. The affine of a
-            ``MetaTensor`` is honoured; any other tensor is taken as RAS with unit spacing.
-        class_names: of the labels from 1 on; None: their numbers.
+        samples: mappings with ``image`` (C, *S), of which the first channel is shown; ``pred``, labels (1, *S) or
+            scores of the classes (C, *S); and perhaps ``label``, as ``pred``, and ``name``. Tensors without an affine
+            are taken as RAS with unit spacing.
+        class_names: of the labels from 1 on; None: those in the metadata of ``pred``, or numbers.
     """
     rows = []
     for sample in samples:
@@ -118,6 +120,7 @@ def segmentation_panel(samples: Sequence[Mapping], class_names: Sequence[str] | 
         box = _around(np.maximum.reduce(list(maps.values())), spacing)
         rows.append((volumes["image"][0][box], {key: labels[box] for key, labels in maps.items()}, spacing))
 
+    class_names = class_names or getattr(samples[0]["pred"], "meta", {}).get("class_names")
     n_classes = len(class_names or ()) or max(1, *(int(labels.max()) for row in rows for labels in row[1].values()))
     names = class_names or [f"label {i + 1}" for i in range(n_classes)]
     columns = [(plane, key) for plane in _planes(rows[0][0]) for key in rows[0][1]]
@@ -141,14 +144,15 @@ def segmentation_panel(samples: Sequence[Mapping], class_names: Sequence[str] | 
 
 
 def restoration_panel(samples: Sequence[Mapping]) -> Figure:
-    """Two rows a sample, an axial and a coronal slice: before, after, truth, and both errors on one scale.
+    """Two rows for each sample, an axial and a coronal slice: before, after, truth, and both errors on one scale.
+
+    Without a truth, the difference of before and after is shown, if they share a grid.
 
     Args:
-        samples: each with ``image`` (C, *S), the scan before, and ``pred``, the one after, whose first channels are
-            shown; perhaps ``label``, the true scan (C, *S) or a mapping with it as ``clean``; perhaps ``name``. All
-            have a truth, or none; without it the difference of before and after is shown, if they share a grid. The
-            affine of a ``MetaTensor`` is honoured; any other tensor is taken as RAS with unit spacing. The PSNR that is
-            written beside takes 1 as the largest intensity.
+        samples: mappings with ``image`` (C, *S), the scan before, and ``pred``, the scan after, of which the first
+            channels are shown; and perhaps ``name`` and ``label``, the true scan (C, *S) or a mapping with it as
+            ``clean``. All samples have a truth, or none. Tensors without an affine are taken as RAS with unit spacing.
+            The PSNR in the picture takes 1 as the largest intensity.
     """
     rows, titles = [], ["before", "after"]
     for sample in samples:
@@ -158,7 +162,7 @@ def restoration_panel(samples: Sequence[Mapping]) -> Figure:
         pred = sample["pred"]
         if not isinstance(pred, MetaTensor) and isinstance(sample["image"], MetaTensor):
             pred = MetaTensor(pred, affine=sample["image"].affine)
-        restored, new_spacing = _in_ras({"image": pred}, ("image",))  # super-resolution: a grid of its own
+        restored, new_spacing = _in_ras({"image": pred}, ("image",))  # perhaps on a finer grid
         before, after = volumes["image"][0], restored["image"][0]
         gray = {"cmap": "gray", "vmin": 0, "vmax": float(np.quantile(before, 0.995)) or 1.0}
         shown, text = [(before, spacing, gray), (after, new_spacing, gray)], []
@@ -192,7 +196,7 @@ def restoration_panel(samples: Sequence[Mapping]) -> Figure:
 
 
 def _in_ras(sample: Mapping, keys: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The sample's volumes (C, *S) in RAS order, and their spacing in mm; all lie on the grid of ``image``."""
+    """Volumes (C, *S) of a sample in RAS order, and their spacing in mm; all are on the grid of ``image``."""
     image = sample["image"]
     affine = image.affine if isinstance(image, MetaTensor) and image.ndim == 4 else None
     volumes, spacing = {}, np.ones(image.ndim - 1)
@@ -212,12 +216,12 @@ def _label_map(volume: np.ndarray) -> np.ndarray:
 
 
 def _planes(volume: np.ndarray) -> tuple[int, ...]:
-    """The axes of an RAS volume that slices are taken across: axial, coronal and sagittal ones; of a 2D image none."""
+    """The axes normal to axial, coronal and sagittal slices of an RAS volume; a 2D image is one axial slice."""
     return (2, 1, 0) if volume.ndim == 3 else (2,)
 
 
 def _around(labels: np.ndarray, spacing: np.ndarray, margin: float = 12.0) -> tuple[slice, ...]:
-    """The box around all labels, with a margin in mm; the whole image if there are none."""
+    """The box around all labels, with a margin in mm, or the whole image without labels."""
     voxels = np.argwhere(labels)
     if len(voxels) == 0:
         return (slice(None),) * labels.ndim
@@ -226,7 +230,7 @@ def _around(labels: np.ndarray, spacing: np.ndarray, margin: float = 12.0) -> tu
 
 
 def _richest_slice(labels: np.ndarray, plane: int) -> int:
-    """The slice with the largest shares of the structures, among which a small one counts as much as a large one."""
+    """The slice with the largest sum of the structures' shares; small structures count as much as large ones."""
     if labels.ndim == 2 or not labels.any():
         return labels.shape[plane] // 2 if labels.ndim == 3 else 0
     others = tuple(axis for axis in range(3) if axis != plane)
@@ -254,10 +258,7 @@ def _sides(volume: np.ndarray, spacing: np.ndarray, plane: int) -> tuple[float, 
 
 
 def _figure_of_slices(rows: Sequence[Sequence[tuple]], width: float = 14.0) -> tuple[Figure, np.ndarray]:
-    """A figure with axes for rows of (volume, spacing, plane), ``width`` inches wide and as high as they ask for.
-
-    All are at one scale: the axes of a row share the height of its highest slice, those of a column the width.
-    """
+    """A figure, ``width`` inches wide, with axes for rows of (volume, spacing, plane), all at one scale."""
     sides = np.array([[_sides(*cell) for cell in row] for row in rows])  # rows, columns, (width, height)
     widths, heights = sides[..., 0].max(axis=0), sides[..., 1].max(axis=1)
     scale = width / widths.sum()
@@ -279,27 +280,28 @@ def _show(axis, volume: np.ndarray, spacing: np.ndarray, plane: int, at: int, **
 
 
 def _upright(volume: np.ndarray, plane: int, at: int) -> np.ndarray:
-    """A slice of a volume in RAS order as radiologists look at it: the person's right, in sagittal slices the front, at
-    the left, and the top or the front up; of a 2D image all of it."""
+    """A slice of an RAS volume, or a 2D image, as radiologists look at it: the patient's right, or the front, is on the
+    left, and the top, or the front, is up."""
     picture = volume.take(at, axis=plane) if volume.ndim == 3 else volume
     return np.rot90(picture[::-1])
 
 
 def axial_slice(image: Tensor, height: float = 0.5) -> np.ndarray:
-    """An axial slice of an image in RAS order as radiologists look at it: the person's right at the left, front up.
+    """An axial slice of an RAS image as radiologists look at it: the patient's right is on the left, the front is up.
 
     Args:
-        image: ``(C, *S)``; its first channel is shown, of a 3D image the slice at ``height``, a share of its last side.
+        image: ``(C, *S)``; the first channel is shown.
+        height: of the slice, a share of the last side.
     """
     picture = image[0].detach().float().cpu().numpy()
     return _upright(picture, 2, int(height * picture.shape[-1]))
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Losses, errors and metrics over epochs, from the rows of ``history.csv``, whatever its columns are.
+    """Losses, errors and metrics over epochs, from the rows of ``history.csv``.
 
-    Columns of a kind (losses and errors, Dice, PSNR, SSIM) share a plot, any other has one of its own. What nothing
-    learned reaches (``mean_prediction_*``, ``*_input``) is dotted.
+    Columns of one kind (losses and errors, Dice, PSNR, SSIM) share a plot; other columns have their own. What an
+    untrained network reaches (``mean_prediction_*``, ``*_input``) is dotted.
     """
     names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in NOT_DRAWN]
     plots: dict[str, list[str]] = {title: [] for title, _ in CURVES}
@@ -327,7 +329,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure:
         if len(columns) > 1:
             axis.legend(fontsize=8)
     for axis in list(axes):
-        axis.remove()  # of a last row that is not full
+        axis.remove()  # the last row may not be full
     return figure
 
 

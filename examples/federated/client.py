@@ -1,6 +1,6 @@
-"""One site of a federation: NVFlare brings the global weights, MONAI's ``MonaiAlgo`` trains them on this site's scans.
+"""One site of a federation: NVFlare brings the global weights, and MONAI's ``MonaiAlgo`` trains them on its scans.
 
-Weights, scores and the number of steps leave the site; its scans, and the file that says where they are, stay.
+Weights, scores and the number of steps leave the site. Its scans stay, and so does the file that says where they are.
 """
 
 import json
@@ -13,22 +13,22 @@ from monai.fl.utils.exchange_object import ExchangeObject
 
 
 def site(bundle_root: str, config_file: list[str], output_dir: str, local_epochs: int, **options) -> MonaiAlgo:
-    """What trains and scores at one site.
+    """Return what trains and scores at one site.
 
     Args:
         bundle_root: folder of the bundle.
-        config_file: ``configs/pretrain.json`` or ``configs/train.json``, relative to the bundle, and overlays.
-        output_dir: of the site; its folder ``global`` gets what concerns the global weights.
-        local_epochs: between two averages.
-        options: of the configs: ``dataset_dir`` of the site, ``epochs`` of all rounds together, ...
+        config_file: ``configs/pretrain.json`` or ``configs/train.json``, relative to the bundle, then overlays.
+        output_dir: output folder of the site. Its folder ``global`` gets what concerns the global weights.
+        local_epochs: epochs between two averages.
+        options: options of the configs: ``dataset_dir`` of the site, ``epochs`` of all rounds together, ...
     """
-    options = {"cache_dir": str(Path(output_dir, "cache")), **options}  # one for training and scoring
+    options = {"cache_dir": str(Path(output_dir, "cache")), **options}  # training and scoring share one
     return MonaiAlgo(
         bundle_root,
         local_epochs=local_epochs,
         send_weight_diff=False,
         config_train_filename=config_file,
-        # a checkpoint would replace the global weights
+        # resuming from a checkpoint would replace the global weights
         train_kwargs={**options, "output_dir": output_dir, "resume": False},
         config_evaluate_filename=config_file,
         eval_kwargs={**options, "output_dir": str(Path(output_dir, "global"))},
@@ -36,7 +36,7 @@ def site(bundle_root: str, config_file: list[str], output_dir: str, local_epochs
 
 
 def main(site_file: str) -> None:
-    """Take part until the server ends the federation; ``site_file`` is JSON with the arguments of `site`."""
+    """Take part until the server ends the federation. ``site_file`` is JSON with the arguments of `site`."""
     import nvflare.client as flare
 
     flare.init()

@@ -1,15 +1,16 @@
-"""Train on scans in several folders as if each were a hospital, with NVFlare's simulator, on this machine.
+"""Simulate a federation on one machine: each folder of scans is a hospital, and NVFlare averages their weights.
 
     python examples/federated/simulate.py --dataset_dirs /path/to/site1,/path/to/site2 --output_dir /path/to/output
 
-Federated averaging: in each round every site trains the global weights on its own scans, and the server takes the mean
-of what they give back, weighed by their numbers of steps.
+In each round, every site trains the global weights on its own scans. The server then averages the results, weighted by
+the number of steps of each site (federated averaging).
 """
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -19,7 +20,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe import SimEnv, set_per_site_config
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundle"
-#: options of the configs that the simulation sets
+#: options of the configs that the simulation sets itself, and what to use instead
 INSTEAD = {
     "epochs": "use --rounds and --local_epochs",
     "dataset_dir": "use --dataset_dirs, a folder for each site",
@@ -39,19 +40,20 @@ def simulate(
     """Write the global weights to ``global.pt``, a state dict of the config's network.
 
     Args:
-        dataset_dirs: a folder for each site, separated by commas.
+        dataset_dirs: one folder for each site, separated by commas.
         output_dir: gets ``global.pt`` and a folder for each site.
-        config_file: ``pretrain.json`` or ``train.json`` of the bundle, and overlays, separated by commas.
+        config_file: ``pretrain.json`` or ``train.json`` of the bundle, then overlays, separated by commas.
         rounds: how often the server averages.
-        local_epochs: of each site in a round.
-        key_metric: of the sites' held-out scans: ``dice`` or ``psnr`` for fine-tuning; NVFlare keeps the global weights
-            that it likes best as ``best_FL_global_model.pt``.
-        options: of the configs, for all sites: ``--batch_size 4``, ``--network_def#size small``, ...
+        local_epochs: epochs of each site in a round.
+        key_metric: score on the sites' held-out scans; ``dice`` or ``psnr`` for fine-tuning. NVFlare keeps the global
+            weights with the best score as ``best_FL_global_model.pt``.
+        options: options of the configs, for all sites: ``--batch_size 4``, ``--encoder#size small``, ...
 
     Raises:
-        ValueError: an option that the sites' own would replace, a folder twice, or an ``output_dir`` with a space.
-        FileNotFoundError: one of ``dataset_dirs`` or ``config_file`` does not exist.
-        RuntimeError: a site failed; names the logs.
+        ValueError: for an option that the simulation sets itself, for a folder that is given twice, and for an
+            ``output_dir`` with a space.
+        FileNotFoundError: if one of ``dataset_dirs`` or ``config_file`` does not exist.
+        RuntimeError: if a site failed; the message names the logs.
     """
     for name, instead in INSTEAD.items():
         if name in options:
@@ -67,19 +69,19 @@ def simulate(
             options[name] = os.path.abspath(value)
     output = Path(output_dir).absolute()
     if " " in str(output):
-        raise ValueError(f"output_dir {str(output)!r} has a space, at which NVFlare would cut it: give one without.")
+        raise ValueError(f"output_dir {str(output)!r} contains a space, where NVFlare would cut it: give one without.")
     configs = [f"configs/{name}" for name in listed(config_file)]
     if missing := [config for config in configs if not (BUNDLE / config).is_file()]:
         raise FileNotFoundError(f"config_file: {', '.join(missing)} is not in {BUNDLE}.")
     output.mkdir(parents=True, exist_ok=True)
-    options["epochs"] = rounds * local_epochs  # what the schedules of the learning rate and of beta span
+    options["epochs"] = rounds * local_epochs  # the schedules of learning rate and beta span all rounds
 
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / config) for config in configs])
     parser.update({"bundle_root": str(BUNDLE), **options})
     set_determinism(parser["seed"])
     torch.save(parser.get_parsed_content("network").cpu().state_dict(), output / "initial.pt")
-    of_network = {name: parser.get_parsed_content(f"network_def#{name}") for name in parser["network_def"]}
+    of_network = component(parser, "network_def")
 
     sites = {}
     for i, folder in enumerate(folders, start=1):
@@ -91,7 +93,7 @@ def simulate(
 
     recipe = FedAvgRecipe(
         name="sspformer",
-        model={"class_path": of_network.pop("_target_"), "args": of_network},
+        model=of_network,
         initial_ckpt=str(output / "initial.pt"),
         min_clients=len(sites),
         num_rounds=rounds,
@@ -106,13 +108,23 @@ def simulate(
         written = torch.load(Path(result, "server/simulate_job/app_server/FL_global_model.pt"), weights_only=True)
     except (RuntimeError, FileNotFoundError):
         logs = sorted(map(str, Path(environment.workspace_root, recipe.name).glob("*/log.txt")))
-        raise RuntimeError(f"the federation failed; what a site stumbled over stands in {', '.join(logs)}.") from None
+        raise RuntimeError(f"the federation failed: see the errors in {', '.join(logs)}.") from None
     torch.save(written["model"], output / "global.pt")
     print(f"{rounds} rounds of {len(sites)} sites: {output / 'global.pt'}")
 
 
+def component(parser: ConfigParser, key: str) -> dict[str, Any]:
+    """An object of the configs as NVFlare builds it: its class and arguments, of which some are objects themselves."""
+    args = {}
+    for name, value in parser[key].items():
+        other = parser[value[1:]] if isinstance(value, str) and value.startswith("@") else None
+        is_object = isinstance(other, dict) and "_target_" in other
+        args[name] = component(parser, value[1:]) if is_object else parser.get_parsed_content(f"{key}#{name}")
+    return {"class_path": args.pop("_target_"), "args": args}
+
+
 def listed(names: str | Sequence[str]) -> list[str]:
-    """What stands between commas; fire makes a tuple of some."""
+    """Names that commas separate; fire has made a tuple of some already."""
     return names.split(",") if isinstance(names, str) else list(names)
 
 

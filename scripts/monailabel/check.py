@@ -319,7 +319,7 @@ def check_slicer(work: Path, scan: Path, environment: Mapping[str, str]) -> None
         with step("a label map that does not fit"):
             save("third", turned + 20, sitk.sitkUInt8, range(99))
             status, said = train(max_epochs=1)
-            told = said[said.rfind("error: ") :]
+            told = said[said.rfind("ValueError: ") :]
             expect(status == "ERROR" and "third.nii.gz: " in told and "unknown values 20" in told, "is refused", told)
 
 

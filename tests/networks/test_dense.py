@@ -1,4 +1,4 @@
-"""The dense network: any size and channel count, the identity before training, and that both of its paths learn."""
+"""Segmentation and restoration: any size and channel count, the identity before training, both paths learn."""
 
 import math
 
@@ -8,16 +8,24 @@ from monai.losses import DiceCELoss
 
 from sspformer.engines import layer_decay_groups
 from sspformer.intensity import noise_level
-from sspformer.networks import SSPFormerDense
-from sspformer.networks.dense import finest_detail, fold, halvings, unfold
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder, SSPFormerRestorer
+from sspformer.networks.decoder import halvings
+from sspformer.networks.layers import fold, unfold
+from sspformer.networks.restorer import finest_detail
 from sspformer.options import is_null
 
-TOY = {"dim": 48, "depth": 2, "num_heads": 2, "features": 8}
 
-
-def toy(**kwargs):
+def encoder(spatial_dims=3, in_channels=1, patch_size=8):
     torch.manual_seed(0)
-    return SSPFormerDense(**{**TOY, **kwargs})
+    return SSPFormerEncoder(spatial_dims, in_channels, patch_size, dim=48, depth=2, num_heads=2)
+
+
+def toy(spatial_dims=3, in_channels=1, patch_size=8, **kwargs):
+    return SSPFormerDense(encoder(spatial_dims, in_channels, patch_size), **{"features": 8, **kwargs})
+
+
+def restorer(spatial_dims=3, in_channels=1, patch_size=8, **kwargs):
+    return SSPFormerRestorer(encoder(spatial_dims, in_channels, patch_size), **{"features": 8, "blocks": 1, **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -44,15 +52,15 @@ def test_halvings_use_up_the_patch(patch):
 
 def test_a_residual_network_starts_as_the_identity():
     image = torch.rand(1, 2, 12, 10, 7)
-    network = toy(in_channels=2, out_channels=2, residual=True, norm=None)
+    network = restorer(in_channels=2, folded=False)
     assert torch.equal(network(image), image)
     network(image).sum().backward()
     assert network.head.weight.grad.abs().sum() > 0  # and can leave it
 
 
 def test_depths_default_to_thirds_and_choose_the_tokens():
-    assert SSPFormerDense(size="tiny").depths == (2, 4, 6)
-    assert SSPFormerDense(size="small").depths == (4, 8, 12)
+    assert SSPFormerDense(SSPFormerEncoder(size="tiny")).depths == (2, 4, 6)
+    assert SSPFormerDense(SSPFormerEncoder(size="small")).depths == (4, 8, 12)
     network = toy(depths=(1,))
     for parameter in network.encoder.blocks[1].parameters():
         torch.nn.init.normal_(parameter)
@@ -94,8 +102,8 @@ def test_each_path_alone_learns_what_it_can_know(path):
 def test_a_wrong_construction_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="powers of 2"):
         toy(patch_size=6)
-    with pytest.raises(ValueError, match="in_channels 1 and out_channels 3 must be equal"):
-        toy(residual=True, out_channels=3)
+    with pytest.raises(ValueError, match="powers of 2"):
+        restorer(patch_size=(8, 8, 3))
     with pytest.raises(ValueError, match="within 1 and 2"):
         toy(depths=(3,))
     with pytest.raises(ValueError, match=r"\(B, 1, H, W, D\), got \[1, 2, 8, 8, 8\]"):
@@ -150,20 +158,18 @@ def test_the_noise_level_is_the_lower_median_of_what_is_not_zero(zeros):
 
 
 def test_a_noise_scaled_residual_is_in_units_of_the_noise():
-    network = toy(out_channels=1, residual=True, noise_scaled=True)
+    network = restorer(noise_scaled=True)
     torch.nn.init.ones_(network.head.bias)
     image = torch.rand(1, 1, 16, 16, 16)
     torch.testing.assert_close(network(image), image + noise_level(image))
     flat = torch.full((1, 1, 16, 16, 16), 0.5)  # no noise: next to nothing is added
     torch.testing.assert_close(network(flat), flat, rtol=0, atol=2e-4)
-    with pytest.raises(ValueError, match="needs residual=True"):
-        toy(noise_scaled=True)
 
 
 def test_the_convolutions_of_a_residual_network_see_the_detail_in_units_of_the_residual():
     seen = []
     for scale in (1.0, 0.1):
-        network = toy(out_channels=1, residual=True, residual_scale=scale)
+        network = restorer(residual_scale=scale, folded=False)
         network.stem[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         image = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
         network(image)
@@ -192,7 +198,7 @@ def test_folding_keeps_every_voxel_at_its_place(factor):
 
 @pytest.mark.parametrize("spatial_dims, patch", [(3, 8), (3, (8, 8, 2)), (2, 16)])
 def test_a_folded_network_with_blocks_takes_any_size_and_learns(spatial_dims, patch):
-    network = toy(spatial_dims=spatial_dims, patch_size=patch, out_channels=1, residual=True, folded=True, blocks=1)
+    network = restorer(spatial_dims, patch_size=patch)
     image = torch.rand(1, 1, *(17, 24, 9)[:spatial_dims])
     assert torch.equal(network(image), image)
     torch.nn.init.normal_(network.head.weight)
@@ -200,15 +206,14 @@ def test_a_folded_network_with_blocks_takes_any_size_and_learns(spatial_dims, pa
     for part in (network.head, *network.fuse, *network.stem, *network.upsample, network.encoder.blocks):
         assert all(parameter.grad.abs().sum() > 0 for parameter in part.parameters() if parameter.ndim > 1)
     with pytest.raises(ValueError, match="^folded needs patches"):
-        toy(patch_size=2, folded=True)
-    with pytest.raises(ValueError, match="^blocks must be 0 or more"):
-        toy(blocks=-1)
+        restorer(patch_size=2)
+    with pytest.raises(ValueError, match="^blocks must be 1 or more"):
+        restorer(blocks=0)
 
 
 def test_weights_of_one_residual_are_not_those_of_another():
     """Their tensors have the same shapes; their units differ."""
-    denoising = toy(out_channels=1, residual=True, noise_scaled=True)
-    other = toy(out_channels=1, residual=True, residual_scale=0.05)
+    denoising, other = restorer(noise_scaled=True), restorer(residual_scale=0.05)
     with pytest.raises(RuntimeError, match="noise_unit"):
         other.load_state_dict(denoising.state_dict())
     assert other.state_dict()["intensity_unit"] == pytest.approx(0.05)
@@ -217,7 +222,7 @@ def test_weights_of_one_residual_are_not_those_of_another():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_residual_networks_take_half_precision_and_thin_images(dtype):
     for noise_scaled in (False, True):
-        network = toy(out_channels=1, residual=True, noise_scaled=noise_scaled).to(dtype)
+        network = restorer(noise_scaled=noise_scaled).to(dtype)
         for shape in ((1, 1, 16, 16, 16), (1, 1, 16, 16, 1)):
             assert network(torch.rand(shape).to(dtype)).dtype == dtype
 

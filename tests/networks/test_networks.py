@@ -16,14 +16,13 @@ from sspformer.networks import (
     unpatchify,
 )
 from sspformer.networks.layers import rotate
-from sspformer.transforms import MaskSampler
-
-TOY = {"dim": 48, "depth": 2, "num_heads": 2, "decoder_dim": 48, "decoder_depth": 2, "decoder_num_heads": 2}
+from sspformer.transforms import InverseFrequencyMask
 
 
-def toy(spatial_dims=3, patch_size=4, **kwargs):
+def toy(spatial_dims=3):
     torch.manual_seed(0)
-    return MaskedAutoencoder(spatial_dims, patch_size=patch_size, **{**TOY, **kwargs})
+    encoder = SSPFormerEncoder(spatial_dims, patch_size=4, dim=48, depth=2, num_heads=2)
+    return MaskedAutoencoder(encoder, decoder_dim=48, decoder_depth=2, decoder_num_heads=2)
 
 
 @pytest.mark.parametrize("shape, patch", [((8, 12), (4, 3)), ((8, 12, 6), (4, 3, 2))])
@@ -105,6 +104,17 @@ def test_presets_have_the_size_they_claim(size, millions):
     assert set(SIZES) == {"tiny", "small", "base"}
 
 
+def test_the_decoder_grows_with_the_encoder():
+    with torch.device("meta"):
+        for size, row in SIZES.items():
+            network = MaskedAutoencoder(SSPFormerEncoder(size=size))
+            assert network.decoder_embedding.out_features == row["decoder_dim"]
+            assert len(network.decoder_blocks) == row["decoder_depth"]
+            assert network.decoder_blocks[0].attention.num_heads == row["decoder_num_heads"]
+        wide = MaskedAutoencoder(SSPFormerEncoder(dim=1024, num_heads=16), decoder_depth=1)
+        assert wide.decoder_embedding.out_features == SIZES["base"]["decoder_dim"] and len(wide.decoder_blocks) == 1
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 17, 9), (1, 16, 16, 16), (2, 9, 17, 30)])
 def test_encoder_takes_any_size_and_channels(shape):
     channels, *sides = shape
@@ -117,7 +127,7 @@ def test_encoder_takes_any_size_and_channels(shape):
 def test_only_visible_patches_reach_the_network(spatial_dims):
     net = toy(spatial_dims).eval()
     image = torch.rand(2, 1, *[10] * spatial_dims)
-    ids, *_ = MaskSampler(4, spatial_dims)(image, generator=torch.Generator().manual_seed(0))
+    ids = InverseFrequencyMask(4, spatial_dims)(image, generator=torch.Generator().manual_seed(0))
     pred = net(image, ids.keep, ids.mask)
     patches = patchify(pad_to_patches(image, net.patch_size), net.patch_size)
     assert pred.shape == gather_tokens(patches, ids.mask).shape
@@ -142,21 +152,21 @@ def test_encoding_visible_tokens_is_encoding_an_image_of_them_alone():
 def test_a_prediction_does_not_depend_on_what_else_is_asked_for():
     net = toy().eval()
     image = torch.rand(1, 1, 12, 12, 12)
-    ids, *_ = MaskSampler(4)(image, generator=torch.Generator().manual_seed(0))
+    ids = InverseFrequencyMask(4)(image, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(net(image, ids.keep, ids.mask[:, :3]), net(image, ids.keep, ids.mask)[:, :3])
 
 
 def test_one_set_of_weights_serves_all_image_sizes():
     net = toy()
     for sides in ((8, 8, 8), (12, 9, 20)):
-        ids, *_ = MaskSampler(4)(torch.rand(1, 1, *sides))
+        ids = InverseFrequencyMask(4)(torch.rand(1, 1, *sides))
         net(torch.rand(1, 1, *sides), ids.keep, ids.mask).sum().backward()
 
 
 def test_bfloat16_is_close_to_float32():
     net = toy().eval()
     image = torch.rand(1, 1, 16, 16, 16)
-    ids, *_ = MaskSampler(4)(image, generator=torch.Generator().manual_seed(0))
+    ids = InverseFrequencyMask(4)(image, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = net(image, ids.keep, ids.mask)
     full = net(image, ids.keep, ids.mask)
@@ -168,7 +178,7 @@ def test_bfloat16_is_close_to_float32():
 def test_cuda_equals_cpu():
     net = toy().eval()
     image = torch.rand(1, 1, 16, 16, 16)
-    ids, *_ = MaskSampler(4)(image)
+    ids = InverseFrequencyMask(4)(image)
     cuda = net.cuda()(image.cuda(), ids.keep.cuda(), ids.mask.cuda()).cpu()
     torch.testing.assert_close(cuda, net.cpu()(image, ids.keep, ids.mask), atol=1e-3, rtol=1e-3)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from monai.networks.nets import UNet
 
 from sspformer.networks import (
+    SIZES,
     MaskedAutoencoder,
     SSPFormerDense,
     SSPFormerEncoder,
@@ -17,7 +18,6 @@ from sspformer.networks import (
     patchify,
     resize_patch_embedding,
 )
-from sspformer.networks import pretrained as module
 
 TOY = {"dim": 24, "depth": 2, "num_heads": 2, "decoder_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
 
@@ -25,13 +25,13 @@ TOY = {"dim": 24, "depth": 2, "num_heads": 2, "decoder_dim": 24, "decoder_depth"
 @pytest.fixture(autouse=True)
 def small_tiny(monkeypatch):
     """The preset "tiny" as a toy, so that dense networks are small too."""
-    monkeypatch.setitem(module.SIZES, "tiny", TOY)
+    monkeypatch.setitem(SIZES, "tiny", TOY)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def autoencoder():
-    return MaskedAutoencoder(patch_size=4)
+    return MaskedAutoencoder(SSPFormerEncoder(patch_size=4))
 
 
 def save(content, tmp_path, name="weights.pt"):
@@ -48,12 +48,12 @@ def assert_same_encoder(network, source):
     torch.testing.assert_close(encoder_of(network)(image), encoder_of(source)(image))
 
 
-def dense(**kwargs):
-    return SSPFormerDense(**{"patch_size": 4, "features": 4, **kwargs})
+def dense(patch_size=4, out_channels=2):
+    return SSPFormerDense(SSPFormerEncoder(patch_size=patch_size), out_channels, features=4)
 
 
 @pytest.mark.parametrize(
-    "build", [dense, lambda: SSPFormerEncoder(patch_size=4), lambda: MaskedAutoencoder(patch_size=4)]
+    "build", [dense, lambda: SSPFormerEncoder(patch_size=4), lambda: MaskedAutoencoder(SSPFormerEncoder(patch_size=4))]
 )
 @pytest.mark.parametrize("kind", ["encoder", "model", "checkpoint"])
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "network.", "module._orig_mod.", "model.net."])
@@ -77,7 +77,7 @@ def test_an_encoder_inside_others_checkpoints(place, wrapper, autoencoder, tmp_p
 @pytest.mark.parametrize("wrapper", ["", "model."])
 def test_a_masked_autoencoder_comes_back_whole(wrapper, autoencoder, tmp_path):
     state = {wrapper + name: value for name, value in autoencoder.state_dict().items()}
-    network = load_pretrained(MaskedAutoencoder(patch_size=4), save(state, tmp_path))
+    network = load_pretrained(MaskedAutoencoder(SSPFormerEncoder(patch_size=4)), save(state, tmp_path))
     for name, value in autoencoder.state_dict().items():
         assert torch.equal(network.state_dict()[name], value)
 
@@ -237,7 +237,7 @@ def test_other_heads_are_refused(tmp_path):
 def test_files_without_a_layout_load(autoencoder, tmp_path):
     state = autoencoder.state_dict()
     del state["encoder.layout"]
-    MaskedAutoencoder(patch_size=4).load_state_dict(state)
+    MaskedAutoencoder(SSPFormerEncoder(patch_size=4)).load_state_dict(state)
     assert_same_encoder(load_pretrained(dense(), save(state, tmp_path)), autoencoder)
 
 
@@ -271,7 +271,7 @@ def test_weights_that_are_not_finite_are_refused(value, autoencoder, tmp_path):
     state["encoder.blocks.1.mlp.0.weight"][0, 0] = value
     network = dense()
     before = network.encoder.norm.weight.clone()
-    with pytest.raises(ValueError, match="NaN or infinite weights in 1 of its tensors.*encoder.blocks.1.mlp.0.weight"):
+    with pytest.raises(ValueError, match="NaN or infinite in 1 of its tensors.*encoder.blocks.1.mlp.0.weight"):
         load_pretrained(network, save(state, tmp_path))
     assert torch.equal(network.encoder.norm.weight, before)
 
@@ -313,7 +313,7 @@ def test_files_without_a_state_dict_are_refused(content, tmp_path):
 
 
 def test_missing_files_and_other_networks_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no pretrained weights at .*nowhere.pt.*or null"):
+    with pytest.raises(FileNotFoundError, match="no weights at .*nowhere.pt.*or null"):
         load_pretrained(dense(), tmp_path / "nowhere.pt")
     with pytest.raises(ValueError, match="got UNet"):
         load_pretrained(UNet(3, 1, 2, (4, 8), (2,)), tmp_path / "nowhere.pt")

@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, Flipd, ScaleIntensityRangePercentilesd
 
-from sspformer.transforms import ScaleBetweenPercentilesd
+from sspformer.transforms import ScaleByPercentilesd
 
 CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
 
@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
 def test_of_ordinary_scans_the_numbers_are_those_of_monai(side):
     image = 700 * torch.rand(1, side, side, side, generator=torch.Generator().manual_seed(0)) ** 3 - 20
     scan = Flipd("image", 0)({"image": MetaTensor(image, affine=torch.diag(torch.tensor([2.0, 1, 3, 1])))})
-    ours = ScaleBetweenPercentilesd("image")(scan)["image"]
+    ours = ScaleByPercentilesd("image")(scan)["image"]
     theirs = ScaleIntensityRangePercentilesd("image", 0.5, 99.5, 0.0, 1.0, clip=True)(scan)["image"]
     assert torch.equal(ours.as_tensor(), theirs.as_tensor()) and ours.dtype == theirs.dtype
     assert torch.equal(ours.affine, theirs.affine) and ours.applied_operations == theirs.applied_operations != []
@@ -40,6 +40,6 @@ def test_a_small_object_is_scaled_by_its_maximum_in_all_workflows(workflow, tmp_
 
 
 def test_an_image_of_one_value_becomes_air_and_percentiles_ascend():
-    assert not ScaleBetweenPercentilesd("image")({"image": torch.full((1, 4, 4, 4), 7.0)})["image"].any()
+    assert not ScaleByPercentilesd("image")({"image": torch.full((1, 4, 4, 4), 7.0)})["image"].any()
     with pytest.raises(ValueError, match="^lower and upper must be ascending .* got 99 and 1"):
-        ScaleBetweenPercentilesd("image", 99, 1)
+        ScaleByPercentilesd("image", 99, 1)

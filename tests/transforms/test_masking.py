@@ -1,4 +1,4 @@
-"""Laws of inverse frequency projection masking (METHOD.md): counts, probabilities, invariances, strata, hints.
+"""Laws of inverse frequency projection masking (METHOD.md): counts, probabilities, invariances, strata.
 
 Statistical tolerances are several standard errors of the estimate, with fixed seeds; draws are batched.
 """
@@ -16,8 +16,8 @@ from monai.transforms import Compose
 from scipy.stats import chi2, spearmanr
 
 from sspformer.transforms import (
+    InverseFrequencyMask,
     MaskIndices,
-    MaskSampler,
     RandInverseFrequencyMask,
     RandInverseFrequencyMaskd,
     draw_mask,
@@ -73,9 +73,8 @@ def frequency_of_masking(z: torch.Tensor, n_draws: int, **settings) -> torch.Ten
 def test_exact_counts_and_partition(sides, patch, ratio, stratify):
     n_tokens = math.prod(-(-side // p) for side, p in zip(sides, patch, strict=True))
     image = torch.cat([head(*sides, seed=i) for i in range(3)])
-    indices, z, foreground = inverse_frequency_mask(
-        image, patch, ratio, beta=2.0, stratify=stratify, hints=0.05, generator=seeded()
-    )
+    indices = inverse_frequency_mask(image, patch, ratio, beta=2.0, stratify=stratify, generator=seeded())
+    z, foreground = patch_energy(image, patch)
     assert z.shape == foreground.shape == (3, n_tokens)
     n_mask = round(ratio * n_tokens)
     assert indices.mask.shape == (3, n_mask) and indices.keep.shape == (3, n_tokens - n_mask)
@@ -108,12 +107,11 @@ def test_ratio_errors(ratio):
 
 
 @pytest.mark.parametrize("strata", [False, True])
-@pytest.mark.parametrize("hints", [0.0, 0.1])
-def test_beta_0_is_uniform(strata, hints):
+def test_beta_0_is_uniform(strata):
     n_tokens, n_draws, ratio = 40, 20000, 0.75
-    z = torch.randn(n_tokens, generator=seeded()) if hints == 0 else torch.zeros(n_tokens)
+    z = torch.randn(n_tokens, generator=seeded())
     foreground = (torch.arange(n_tokens) < 20).expand(n_draws, -1) if strata else None
-    counts = n_draws * frequency_of_masking(z, n_draws, ratio=ratio, beta=0.0, foreground=foreground, hints=hints)
+    counts = n_draws * frequency_of_masking(z, n_draws, ratio=ratio, beta=0.0, foreground=foreground)
     # draws without replacement: the variance of a count is n p (1 - p), the counts' sum is fixed
     statistic = float((counts - n_draws * ratio).square().sum() / (n_draws * ratio * (1 - ratio)))
     statistic *= (n_tokens - 1) / n_tokens
@@ -173,7 +171,7 @@ def test_one_beta_a_sample():
 
 def test_generator_makes_the_draw_reproducible():
     image = head(32, 32)
-    draw = [inverse_frequency_mask(image, (4, 4), generator=seeded(seed))[0] for seed in (0, 0, 1)]
+    draw = [inverse_frequency_mask(image, (4, 4), generator=seeded(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draw[0].mask, draw[1].mask)
     assert not torch.equal(draw[0].mask, draw[2].mask)
 
@@ -198,13 +196,14 @@ def test_each_stratum_is_masked_at_the_ratio(n_foreground, ratio, beta):
 def test_visible_set_is_never_all_air():
     image = head(48, 48).expand(50, -1, -1, -1)
     settings = dict(patch_size=(4, 4), ratio=0.75, beta=50.0)
-    with_strata, _, foreground = inverse_frequency_mask(image, **settings, generator=seeded())
+    with_strata = inverse_frequency_mask(image, **settings, generator=seeded())
+    _, foreground = patch_energy(image, (4, 4))
     visible = foreground.gather(1, with_strata.keep).float().mean(dim=1)
     n_tokens, n_foreground = foreground.shape[1], int(foreground[0].sum())
     assert 0.3 < n_foreground / n_tokens < 0.7
     assert (visible - n_foreground / n_tokens).abs().max() <= 1 / with_strata.keep.shape[1]
     # without them it is nearly all air: what the strata are for
-    without, *_ = inverse_frequency_mask(image, **settings, stratify=False, generator=seeded())
+    without = inverse_frequency_mask(image, **settings, stratify=False, generator=seeded())
     assert foreground.gather(1, without.keep).float().mean() < 0.05
 
 
@@ -215,83 +214,32 @@ def test_foreground_is_the_head():
     assert torch.equal(foreground, inside >= 0.1)
 
 
-# --- hints
-
-
-def test_hints_reveal_tokens_of_the_highest_energy():
-    n_tokens, n_draws, ratio = 40, 4000, 0.5
-    z = torch.randn(n_tokens, generator=seeded(3)).sort().values  # token i has rank i
-    settings = dict(n_draws=n_draws, ratio=ratio, beta=50.0)
-    without = frequency_of_masking(z, **settings)
-    # beta 50 masks the upper half almost surely; hints reveal 4 of these 20, evenly
-    assert without[22:].min() == 1 and float(without[:18].max()) < 0.3
-    masked = draw_mask(z.expand(n_draws, -1), ratio, 50.0, hints=0.1, generator=seeded()).to_map()
-    assert (masked.sum(dim=1) == 20).all()
-    revealed = (~masked[:, 20:]).sum(dim=1)
-    assert revealed.min() == 4
-    share = masked[:, 22:].float().mean(dim=0)
-    torch.testing.assert_close(share, torch.full_like(share, 0.8), rtol=0, atol=0.03)  # 4.7 standard errors
-    # the most that fits: every masked token was drawn from what is left
-    most = draw_mask(z.expand(n_draws, -1), ratio, 50.0, hints=0.5, generator=seeded()).to_map()
-    assert not most[:, 20:].any() and most[:, :20].all()
-
-
-@pytest.mark.parametrize("hints", [0.0, 0.05, 0.1, 0.25])
-def test_hints_keep_totals_and_strata(hints):
-    n_draws = 200
-    foreground = (torch.arange(60) >= 40).expand(n_draws, -1)
-    z = (torch.linspace(-1, 1, 60) + 2 * foreground).expand(n_draws, -1)[:n_draws]
-    masked = draw_mask(z, 0.75, 20.0, foreground, hints, generator=seeded()).to_map()
-    assert (masked.sum(dim=1) == 45).all()
-    assert ((masked & foreground).sum(dim=1) == 15).all()  # 5 visible ones, however many hints fall here
-
-
-def test_ties_of_hints_are_broken_at_random():
-    share = frequency_of_masking(torch.zeros(20), 5000, ratio=0.5, beta=1.0, hints=0.2)
-    assert (share - 0.5).abs().max() < 5 * 0.5 / math.sqrt(5000)
-
-
-@pytest.mark.parametrize("ratio, hints", [(0.75, -0.1), (0.75, 0.3), (0.9, 0.11)])
-def test_hints_errors(ratio, hints):
-    with pytest.raises(ValueError, match="hints"):
-        draw_mask(torch.zeros(1, 40), ratio, 1.0, hints=hints)
-
-
-@pytest.mark.parametrize("ratio, hints", [(0.9, 0.1), (0.7, 0.3), (0.75, 0.25), (0.6, 0.4)])
-def test_hints_may_fill_the_visible_set(ratio, hints):
-    assert draw_mask(torch.zeros(1, 40), ratio, 1.0, hints=hints).mask.shape[1] == round(ratio * 40)
-
-
 # --- energy
 
 
-@pytest.mark.parametrize("local_amplitude", [False, True])
 @pytest.mark.parametrize("sides, patch", [((40, 36), (8, 4)), ((16, 20, 12), (4, 4, 4))])
 @pytest.mark.parametrize("scale, offset", [(1e-3, 0.0), (2500.0, 0.0), (1.0, 10.0), (0.1, -3.0), (40.0, 400.0)])
-def test_scaling_and_offset_change_nothing(local_amplitude, sides, patch, scale, offset):
+def test_scaling_and_offset_change_nothing(sides, patch, scale, offset):
     image = head(*sides)
-    settings = dict(local_amplitude=local_amplitude)
-    z, foreground = patch_energy(image, patch, **settings)
-    z_changed, foreground_changed = patch_energy(scale * image + offset, patch, **settings)
+    z, foreground = patch_energy(image, patch)
+    z_changed, foreground_changed = patch_energy(scale * image + offset, patch)
     assert torch.equal(foreground, foreground_changed)
     # float32 keeps 6e-8 of the offset, which is 1e-5 of the detail in air and less than that in tissue
     torch.testing.assert_close(z_changed[foreground], z[foreground], rtol=0, atol=2e-3)
     torch.testing.assert_close(z_changed, z, rtol=0, atol=2e-2)
-    first, *_ = inverse_frequency_mask(image, patch, **settings, generator=seeded())
-    second, *_ = inverse_frequency_mask(scale * image + offset, patch, **settings, generator=seeded())
+    first = inverse_frequency_mask(image, patch, generator=seeded())
+    second = inverse_frequency_mask(scale * image + offset, patch, generator=seeded())
     assert torch.equal(first.mask, second.mask)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1234.567, 1e6])
 @pytest.mark.parametrize("sides", [(32, 30), (16, 13, 9)])
-@pytest.mark.parametrize("local_amplitude", [False, True])
-def test_flat_image_is_masked_uniformly(value, sides, local_amplitude):
+def test_flat_image_is_masked_uniformly(value, sides):
     image = torch.full((2, 1, *sides), value)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        indices, z, _ = inverse_frequency_mask(
-            image, (4,) * len(sides), 0.5, beta=5.0, local_amplitude=local_amplitude, generator=seeded()
-        )
+        indices = inverse_frequency_mask(image, (4,) * len(sides), 0.5, beta=5.0, generator=seeded())
+        z, _ = patch_energy(image, (4,) * len(sides))
     assert torch.equal(z, torch.zeros_like(z))
     uniform = draw_mask(torch.zeros_like(z), 0.5, 0.0, generator=seeded())
     assert torch.equal(indices.mask, uniform.mask)
@@ -327,7 +275,7 @@ def test_channels_are_averaged():
     torch.testing.assert_close(patch_energy(image, (4, 4))[0], swapped, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gamma": 2.0}, {"gamma": 2.0, "cutoff": 0.3}])
+@pytest.mark.parametrize("settings", [{}, {"gamma": 2.0}])
 def test_stripes_of_equal_mm_weigh_equally(settings):
     """20 mm stripes along a 1 mm axis and along a 5 mm axis are the same detail."""
     sides, spacing = (80, 16), (1.0, 5.0)
@@ -361,22 +309,6 @@ def test_alternating_thick_slices_are_not_fine_detail():
     assert relative(alternating, None) > relative(in_plane(4), None)
 
 
-def test_local_amplitude_compares_texture_by_its_contrast():
-    """The same texture, bright and a quarter as bright, in smoother tissue: relative to its brightness it is one."""
-    image = 2 * (1 + 0.02 * texture(96, 96))
-    image[:8, :8] = 0  # air
-    image[16:40, 16:40] = 4 * (1 + 0.25 * texture(24, 24))
-    image[56:80, 56:80] = 1 + 0.25 * texture(24, 24)
-    bright, dim = 3 * 12 + 3, 8 * 12 + 8  # the middle of each, tokens of 8 x 8 voxels
-
-    def gap(**settings):
-        z, _ = patch_energy(image[None, None], (8, 8), **settings)
-        return float(z[0, bright] - z[0, dim])
-
-    assert gap() > 0
-    assert abs(gap(local_amplitude=True)) < 0.25 * gap()
-
-
 @pytest.mark.parametrize("sides, patch", [((48, 48), (8, 8)), ((24, 24, 24), (6, 6, 6))])
 def test_margin_keeps_the_border_of_a_crop_from_outshining_texture(sides, patch):
     """A ramp has no edge, but its periodic continuation has one: without the mirror it beats a texture of 5 %."""
@@ -408,12 +340,11 @@ def test_batch_equals_one_by_one():
     image = torch.cat([(i + 1) * head(16, 12, 10, seed=i) for i in range(3)])
     image[1] = 7.0  # a flat one beside others
     spacing = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 5.0], [1.0, 1.0, 5.0]])
-    for local_amplitude in (False, True):
-        z, foreground = patch_energy(image, (4, 4, 4), spacing, local_amplitude=local_amplitude)
-        for i in range(3):
-            alone, inside = patch_energy(image[i : i + 1], (4, 4, 4), spacing[i], local_amplitude=local_amplitude)
-            torch.testing.assert_close(z[i : i + 1], alone, rtol=0, atol=1e-3)
-            assert torch.equal(foreground[i : i + 1], inside)
+    z, foreground = patch_energy(image, (4, 4, 4), spacing)
+    for i in range(3):
+        alone, inside = patch_energy(image[i : i + 1], (4, 4, 4), spacing[i])
+        torch.testing.assert_close(z[i : i + 1], alone, rtol=0, atol=1e-3)
+        assert torch.equal(foreground[i : i + 1], inside)
 
 
 @pytest.mark.parametrize("sides, patch", [((8, 12), (4, 4)), ((9, 7, 5), (4, 3, 2))])
@@ -429,19 +360,20 @@ def test_voxel_mask_covers_whole_patches(sides, patch):
         assert torch.equal(mask[(slice(None), 0, *voxel)], masked[(slice(None), *token)])
 
 
-# --- the sampler and the transforms
+# --- the strategy and the transforms
 
 
-def test_sampler_follows_its_beta():
-    sampler = MaskSampler(4, spatial_dims=2, ratio=0.5, beta=0.0, stratify=False)
-    assert sampler.patch_size == (4, 4)
+def test_the_strategy_follows_its_beta():
+    strategy = InverseFrequencyMask(4, spatial_dims=2, ratio=0.5, beta=0.0, stratify=False)
+    assert strategy.patch_size == (4, 4)
     image = head(32, 32).expand(200, -1, -1, -1)
+    z, _ = patch_energy(image, (4, 4))
     energy = []
     for beta in (0, 1, 4):
-        sampler.set_beta(beta)
-        indices, z, _ = sampler(image, generator=seeded())
+        strategy.set_beta(beta)
+        indices = strategy(image, generator=seeded())
         energy.append(float(z.gather(1, indices.mask).mean()))
-        expected, *_ = inverse_frequency_mask(image, (4, 4), 0.5, float(beta), stratify=False, generator=seeded())
+        expected = inverse_frequency_mask(image, (4, 4), 0.5, float(beta), stratify=False, generator=seeded())
         assert torch.equal(indices.mask, expected.mask)
     assert energy[0] < energy[1] < energy[2]
 
@@ -479,10 +411,13 @@ def test_array_transform():
 
 def test_array_transform_reads_spacing_from_the_affine(monkeypatch):
     seen = []
-    call = MaskSampler.__call__
-    monkeypatch.setattr(
-        MaskSampler, "__call__", lambda self, image, spacing, g: seen.append(spacing) or call(self, image, spacing, g)
-    )
+    call = InverseFrequencyMask.__call__
+
+    def spy(self, image, spacing, generator):
+        seen.append(spacing)
+        return call(self, image, spacing, generator)
+
+    monkeypatch.setattr(InverseFrequencyMask, "__call__", spy)
     RandInverseFrequencyMask((4, 4, 2))(scan(spacing=(0.5, 1.5, 5.0)))
     np.testing.assert_allclose(seen[0], [0.5, 1.5, 5.0])
 

@@ -1,11 +1,16 @@
-"""Preprocessed scans on the disk."""
+"""What is kept on the disk: results of the check, and preprocessed scans."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -13,18 +18,67 @@ import torch
 from monai.data import PersistentDataset
 from monai.utils import convert_to_tensor
 
-from ..io.files import digest, replacing, stats
+from ..io.files import digest, replacing, stats, write_atomically
 from ..io.load import files_of
 
-__all__ = ["CachedDataset", "file_hashing"]
+__all__ = ["CachedDataset", "CheckCache", "file_hashing"]
+
+logger = logging.getLogger("sspformer")
+
+CHECK_VERSION = 4  # raise it whenever the check changes, so that no result of an older one is used
+SAVE_EVERY = 30.0  # seconds
+
+
+class CheckCache:
+    """Results of the check in ``scan_check.json``, by path, size and time of the files and by what was asked.
+
+    Only usable results are kept. Threads may share a cache. As a context manager it saves at the end, also when the
+    run is stopped.
+
+    Args:
+        output_dir: the folder of the file. None: nothing is kept.
+    """
+
+    def __init__(self, output_dir: Path | None = None) -> None:
+        self.file = output_dir / "scan_check.json" if output_dir else None
+        self._lock, self._saved = threading.Lock(), time.monotonic()
+        self._new: dict[str, dict] = {}
+        self._old: dict[str, dict] = {}
+        try:
+            stored = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
+            self._old = stored if isinstance(stored, dict) else {}
+        except (OSError, ValueError):
+            logger.warning(f"The cache {self.file} is corrupt and is ignored: every scan is read again.")
+
+    def get(self, function: Callable[..., dict], files: list[Path], *args) -> dict:
+        """`function(files, *args)`, from the cache if no file has changed."""
+        key = digest([function.__name__, CHECK_VERSION, stats(files), args])
+        result = self._old.get(key)
+        self._new[key] = result if isinstance(result, dict) else function(files, *args)
+        with self._lock:
+            if time.monotonic() - self._saved >= SAVE_EVERY:
+                self.save()
+        return self._new[key]
+
+    def save(self) -> None:
+        if self.file:
+            write_atomically(self.file, json.dumps(self._new.copy()))
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> CheckCache:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._lock:
+            self.save()
 
 
 class CachedDataset(PersistentDataset):
-    """MONAI's ``PersistentDataset``, whose files several processes may write and read at a time, on any file system.
+    """MONAI's ``PersistentDataset`` for several processes that write and read its files at the same time.
 
-    MONAI moves a file from the system's temporary folder, which copies it where that is another file system, so that a
-    kill or a second reader meets half of one; and of the errors of reading half a file it knows one. Here a file is
-    written beside its place and renamed, and one that cannot be read is made anew.
+    MONAI moves each file from the system's temporary folder. On another file system that is a copy, and a kill or a
+    second reader meets half of it. Here a file is written beside its place and renamed. One that cannot be read is made
+    again, while MONAI knows only one of the errors that half a file raises.
     """
 
     def _cachecheck(self, item_transformed: Any) -> Any:
@@ -35,7 +89,7 @@ class CachedDataset(PersistentDataset):
             try:
                 return torch.load(file, weights_only=self.weights_only)
             except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
-                warnings.warn(f"{file} cannot be read ({type(error).__name__}) and is made anew", stacklevel=2)
+                warnings.warn(f"{file} cannot be read ({type(error).__name__}) and is made again", stacklevel=2)
         content = self._pre_transform(deepcopy(item_transformed))
         with contextlib.suppress(PermissionError), replacing(file, shared=True) as part:  # a cache that is only read
             torch.save(convert_to_tensor(content, convert_numeric=False, track_meta=self.track_meta), part)
@@ -43,8 +97,10 @@ class CachedDataset(PersistentDataset):
 
 
 def file_hashing(item: Mapping) -> bytes:
-    """Hash of an item and of the state of its files, for ``hash_func`` of MONAI's ``PersistentDataset``: a label map
-    that was saved anew under its old name is read anew. Our own items have that state as their "version"."""
+    """Hash of an item and of the state of its files, the ``hash_func`` of ``CachedDataset``.
+
+    A label map that was saved again under its old name is read again. Our own items carry that state as "version".
+    """
     keys = () if "version" in item else ("image", "label")
     files = [file for key in keys if key in item for file in files_of(item[key])]
     return digest([item, stats(files)]).encode()

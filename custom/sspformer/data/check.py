@@ -1,35 +1,103 @@
-"""What makes a scan unusable: each is read once, to its end, and the result kept for the next run."""
+"""Whether a scan and its label map can be used: each file is read once, to its end."""
 
 from __future__ import annotations
 
 import gzip
-import json
-import logging
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from ..io.dicom_in import read_dicom
-from ..io.errors import Unusable, by, check_size, without_ones
-from ..io.files import digest, stats, write_atomically
+from ..io.errors import Unusable, by, check_size, reason_of, without_ones
+from .cache import CheckCache
+from .labels import integer_ranges
+from .options import DatasetOptions
+from .scan import Scan
 
-__all__ = ["Cache", "check_dicom", "check_header", "check_label", "check_nifti", "in_threads"]
+__all__ = ["check_dicom", "check_header", "check_label", "check_nifti", "check_scans"]
 
-logger = logging.getLogger("sspformer")
-
-CHECK_VERSION = 4  # raise it whenever the check below changes, so that results cached by an older one are not used
-
-
+MAX_SHIFT = 0.1  # of the grids of an image and its label map against each other, in voxels
 NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
 
 
+def check_scans(scans: Sequence[Scan], classes: set[int] | None, options: DatasetOptions, cache: CheckCache) -> None:
+    """Reads all scans, and gives each what was found out, or the reason why it is unusable.
+
+    Args:
+        scans: those with a reason are not read.
+        classes: values that label maps may hold; None: any.
+        options: see `DatasetOptions`.
+        cache: of the results.
+    """
+
+    def check(scan: Scan) -> None:
+        if not scan.reason:
+            problems = [*_check_image(scan, options, cache), *_check_label_map(scan, classes, cache)]
+            scan.reason = "; ".join(problems)
+
+    if scans:
+        thread_map(check, scans, max_workers=options.num_workers, desc="checking scans", disable=None)
+
+
+def _check_image(scan: Scan, options: DatasetOptions, cache: CheckCache) -> Iterator[str]:
+    """Keeps in the scan what its files hold, and says what is wrong with them."""
+    try:
+        scan.check = dict(cache.get(check_dicom if scan.series else check_nifti, scan.files, options.min_size))
+    except Exception as error:
+        yield reason_of(error)
+        return
+    if order := scan.check.get("order"):
+        scan.files = [scan.files[i] for i in order]
+    if volumes := scan.check.get("volumes"):
+        if scan.label_map:
+            yield f"4D ({len(volumes)} volumes), and a label map belongs to one volume"
+        chosen = np.linspace(0, len(volumes) - 1, min(options.max_volumes, len(volumes))).round().astype(int)
+        scan.volumes = [volumes[i] for i in chosen]
+
+
+def _check_label_map(scan: Scan, classes: set[int] | None, cache: CheckCache) -> Iterator[str]:
+    """Keeps in the scan what its label map holds, and says what is wrong with it."""
+    if not scan.label_map:
+        return
+    label = f"its label map {scan.label_path}"
+    if not os.path.lexists(scan.label_map):
+        yield f"{label} is missing"
+        return
+    try:
+        found = cache.get(check_label, scan.label_files)
+    except Exception as error:
+        yield f"{label}: {reason_of(error)}"
+        return
+    scan.check["values"] = values = {int(value): count for value, count in found["values"].items()}
+    if "shape" in scan.check:
+        yield from (f"{label} {problem}" for problem in _misfits(scan.check, found))
+    if classes is not None and (unknown := set(values) - classes):
+        hint = f"the classes are {integer_ranges(classes)}; others need --class_names and --network_def#out_channels"
+        yield f"{label} has unknown values {integer_ranges(unknown)} ({hint})"
+    if set(values) == {0}:
+        scan.note = "empty label map"
+
+
+def _misfits(image: dict, label: dict) -> Iterator[str]:
+    """How the grid of a label map differs from that of its image."""
+    if image["shape"] != label["shape"]:
+        yield f"has another shape: {by(label['shape'])}, the image {by(image['shape'])}"
+        return
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in image["shape"]))])
+    shift = np.linalg.norm(corners @ np.subtract(image["affine"], label["affine"])[:3].T, axis=1).max()
+    if shift > MAX_SHIFT * min(image["spacing"]):
+        axes = image["orientation"], label["orientation"]
+        turned = f", and its axes are {axes[1]}, the image's {axes[0]}" if axes[0] != axes[1] else ""
+        yield f"has another affine: it lies up to {shift:.3g} mm off the image{turned}"
+
+
 def check_nifti(files: list[Path], min_size: int) -> dict:
-    """Reads a NIfTI file to its last byte; returns its grid (see `check_header`) and, if 4D, its usable volumes."""
+    """Reads a NIfTI file to its last byte; returns its grid (see `check_grid`) and, if 4D, its usable volumes."""
     grid, image, voxels = _read_nifti(files, min_size)
     slope, intercept = image.dataobj.slope, image.dataobj.inter
     four = len(without_ones(image.shape)) == 4
@@ -42,9 +110,10 @@ def check_nifti(files: list[Path], min_size: int) -> dict:
 
 
 def check_label(files: list[Path]) -> dict:
-    """Reads a label map to its last byte; returns its grid (see `check_header`) and the voxels of each value in it.
+    """Reads a label map to its last byte; returns its grid (see `check_grid`) and how often each value occurs.
 
-    Raises `Unusable` when it is no NIfTI file of one volume, or has a value that is not an integer.
+    Raises:
+        Unusable: when it is no NIfTI file of one volume, or has a value that is not an integer.
     """
     grid, image, voxels = _read_nifti(files, min_size=2)
     if len(shape := without_ones(image.shape)) > 3:
@@ -52,7 +121,7 @@ def check_label(files: list[Path]) -> dict:
     values, counts = np.unique(voxels, return_counts=True)
     slope = float(image.dataobj.slope)
     values = values * slope + float(image.dataobj.inter)
-    stored_whole = np.issubdtype(image.get_data_dtype(), np.integer)  # then to half a step of the scale
+    stored_whole = np.issubdtype(image.get_data_dtype(), np.integer)  # scaled: precise to half a step
     tolerance = max(1e-4, min(0.1, 0.51 * abs(slope))) if stored_whole else 1e-4
     whole = np.isfinite(values) & (np.abs(values - np.round(values)) < tolerance)
     if not whole.all():
@@ -62,7 +131,7 @@ def check_label(files: list[Path]) -> dict:
 
 
 def check_header(files: list[Path], min_size: int) -> dict:
-    """What the header of a NIfTI file says, without its voxels: shape, spacing in mm, orientation, affine to RAS mm.
+    """The grid of a NIfTI file by its header (see `check_grid`); no voxel is read.
 
     Args:
         files: the NIfTI file, or the .hdr and .img of a pair.
@@ -88,7 +157,7 @@ def check_header(files: list[Path], min_size: int) -> dict:
                 raise Unusable("Analyze 7.5, not NIfTI: its orientation is unknown")
             raise Unusable(f"not a volume in NIfTI format but a {type(image).__name__}")
         file.seek(0)
-        raw_header = image.header_class.from_fileobj(file, check=False)  # a checked one has zero spacing mended
+        raw_header = image.header_class.from_fileobj(file, check=False)  # nibabel's check would replace zero spacing
 
     shape = without_ones(image.shape)
     dtype = image.get_data_dtype()
@@ -102,14 +171,19 @@ def check_header(files: list[Path], min_size: int) -> dict:
     spacing = nib.affines.voxel_sizes(image.affine)
     if int(raw_header["sform_code"]) == 0:  # then the affine comes from the spacing in the header
         spacing = np.abs(raw_header["pixdim"][1:4])
-    if not np.isfinite(image.affine).all() or not np.isfinite(spacing).all() or min(spacing) <= 0:
+    return check_grid(shape, spacing, image.affine)
+
+
+def check_grid(shape: Sequence[int], spacing: np.ndarray, affine: np.ndarray) -> dict:
+    """The grid of a scan, whatever its format: shape, spacing in mm, orientation and affine to RAS mm.
+
+    Raises:
+        Unusable: when its geometry cannot be.
+    """
+    if not np.isfinite(affine).all() or not np.isfinite(spacing).all() or min(spacing) <= 0:
         raise Unusable(f"zero or non-finite voxel spacing ({by(spacing)} mm)")
-    if abs(np.linalg.det(image.affine[:3, :3] / spacing)) < 1e-3:
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise Unusable("singular affine: its axes do not span three dimensions")
-    return _grid(shape, spacing, image.affine)
-
-
-def _grid(shape: Sequence[int], spacing: np.ndarray, affine: np.ndarray) -> dict:
     return {
         "shape": [int(n) for n in shape[:3]],
         "spacing": [float(s) for s in spacing],
@@ -134,12 +208,12 @@ def _read_nifti(files: list[Path], min_size: int) -> tuple[dict, nib.Nifti1Pair,
 
 
 def check_dicom(files: list[Path], min_size: int) -> dict:
-    """Reads a DICOM series as training will; returns its shape, spacing, orientation and the order of its files."""
+    """Reads a DICOM series as training will; returns its grid (see `check_grid`) and the order of its files."""
     voxels, affine, order = read_dicom(files, min_size)
     low, high = _value_range(voxels)
     if low == high:
         raise Unusable("all voxels have the same value")
-    return _grid(voxels.shape, nib.affines.voxel_sizes(affine), affine) | {"order": order}
+    return check_grid(voxels.shape, nib.affines.voxel_sizes(affine), affine) | {"order": order}
 
 
 def _value_range(voxels: np.ndarray) -> tuple[float, float]:
@@ -150,42 +224,3 @@ def _value_range(voxels: np.ndarray) -> tuple[float, float]:
             broken = np.count_nonzero(~np.isfinite(voxels.astype(np.float32)))
             raise Unusable(f"{broken} voxels are NaN or infinite")
     return float(low), float(high)
-
-
-class Cache:
-    """Results of earlier runs in a JSON file, by path, size, time and what was asked. Only usable results are kept."""
-
-    def __init__(self, file: Path | None) -> None:
-        self.file, self.old, self.new, self.saved = file, {}, {}, time.monotonic()
-        try:
-            stored = json.loads(file.read_text()) if file and file.exists() else {}
-            self.old = stored if isinstance(stored, dict) else {}
-        except (OSError, ValueError):
-            logger.warning(f"The cache {file} is corrupt and is ignored: every scan is read again.")
-
-    def get(self, function: Callable[..., dict], files: list[Path], *args) -> dict:
-        """`function(files, *args)`, from the cache if no file has changed."""
-        key = digest([function.__name__, CHECK_VERSION, stats(files), args])
-        result = self.old.get(key)
-        self.new[key] = result if isinstance(result, dict) else function(files, *args)
-        return self.new[key]
-
-    def save(self, every: float = 0.0) -> None:
-        """Writes the file, if the last time is more than `every` seconds ago."""
-        if self.file and time.monotonic() - self.saved >= every:
-            write_atomically(self.file, json.dumps(self.new.copy()))
-            self.saved = time.monotonic()
-
-
-def in_threads(function: Callable, things: Sequence, num_workers: int, cache: Cache, description: str) -> list:
-    """`[function(thing) for thing in things]` in threads, with progress on stderr; keeps the cache when stopped."""
-    pool = ThreadPoolExecutor(max(1, num_workers))
-    try:
-        results = []
-        for result in tqdm(pool.map(function, things), description, len(things), disable=None if things else True):
-            results.append(result)
-            cache.save(every=30)
-        return results
-    finally:
-        pool.shutdown(cancel_futures=True)
-        cache.save()

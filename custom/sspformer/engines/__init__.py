@@ -13,10 +13,10 @@ from .checkpoints import (
 from .checks import check_settings, check_sides
 from .handlers import FreezeEncoder, GradientClipping, Progress, SeedEpoch, Validation
 from .history import History
-from .inference import InferenceDataset, InferenceEvaluator, InferenceReport, unfinished
+from .inference import InferenceDataset, InferenceEvaluator, InferenceReport, ResultWriter, ScansFailed, mark_done
 from .inferers import AutocastInferer, AutocastSlidingWindowInferer, fast_bfloat16
 from .optimizers import layer_decay_groups, weight_decay_groups
-from .panels import ReconstructionPanel, RestorationPanel, SavePictured, SegmentationPanel
+from .panels import Panel, ReconstructionPanel, RestorationPanel, SavePNGd, SegmentationPanel
 from .postprocessing import Reconstruct, unpack_targets
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
@@ -34,6 +34,7 @@ __all__ = [
     "InferenceEvaluator",
     "InferenceReport",
     "LoadCheckpoint",
+    "Panel",
     "PrepareBatchOnDevice",
     "PrepareDegradedBatch",
     "PrepareMaskedBatch",
@@ -41,10 +42,12 @@ __all__ = [
     "Reconstruct",
     "ReconstructionPanel",
     "RestorationPanel",
+    "ResultWriter",
     "SaveBestModel",
     "SaveCheckpoint",
     "SaveEncoder",
-    "SavePictured",
+    "SavePNGd",
+    "ScansFailed",
     "SeedEpoch",
     "SegmentationPanel",
     "StrictCheckpointLoader",
@@ -54,9 +57,9 @@ __all__ = [
     "fast_bfloat16",
     "find_checkpoint",
     "layer_decay_groups",
+    "mark_done",
     "save_atomically",
     "save_network",
-    "unfinished",
     "unpack_targets",
     "weight_decay_groups",
 ]

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
 from monai.handlers import CheckpointLoader
-from monai.utils import str2bool
 
 from ..io.files import replacing
+from ..networks.pretrained import load_weights
 
 __all__ = [
     "LoadCheckpoint",
@@ -49,7 +49,7 @@ class LoadCheckpoint(CheckpointLoader):
 
 
 def _every_and_last(interval: int) -> CallableEventWithFilter:
-    """The end of every so many epochs, and of the last one whatever the interval."""
+    """The event at the end of each ``interval``-th epoch and of the last one."""
     return Events.EPOCH_COMPLETED(
         event_filter=lambda engine, epoch: epoch % interval == 0 or epoch == engine.state.max_epochs
     )
@@ -75,12 +75,12 @@ class SaveCheckpoint:
 
     def __call__(self, engine: Engine) -> None:
         objects = {**self.save_dict, "trainer": engine}
-        # without a parallel wrapper, so that one process can go on from what several wrote, and the other way round
+        # without parallel wrappers, so that the number of processes may change when a run goes on
         save_atomically({name: getattr(obj, "module", obj).state_dict() for name, obj in objects.items()}, self.path)
 
 
 class SaveEncoder:
-    """Write the encoder alone, a plain state dict that loads with ``weights_only=True``, as often as checkpoints.
+    """Write the plain state dict of the encoder, which loads with ``weights_only=True``.
 
     Args:
         network: the masked autoencoder.
@@ -93,7 +93,7 @@ class SaveEncoder:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
-        engine.add_event_handler(Events.COMPLETED, self)  # also of a run that was complete when it was resumed
+        engine.add_event_handler(Events.COMPLETED, self)  # also for a run that was already complete
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.iteration > 0:
@@ -101,15 +101,15 @@ class SaveEncoder:
 
 
 class SaveBestModel:
-    """Write the network's plain state dict when a validation is the best so far.
+    """Write the plain state dict of the network after the best validation so far.
 
-    For the evaluator; where nothing is held out for validation, for the trainer, whose end it then waits for. Of equal
-    values the later counts; a value that is not finite, as of labels that no validation scan has, counts as none, and
-    as long as there are no others the last weights are kept. Its own state, the best value, belongs into the
-    checkpoint.
+    The handler is for the evaluator. Without validation scans it is for the trainer, and writes at its end. The later
+    of two equal values is the better one. A value that is not finite, as of labels that no validation scan has, does
+    not count; until there is a finite one, the last weights are kept. The best value is the handler's state, which
+    belongs into the checkpoint.
 
     Args:
-        network: whose weights.
+        network: whose weights are written.
         path: of the file, usually ``models/model.pt``.
     """
 
@@ -139,7 +139,7 @@ class SaveBestModel:
 
 
 def save_network(network: torch.nn.Module, path: str | os.PathLike) -> None:
-    """The plain state dict of a network, without the prefix of a parallel wrapper, on the CPU, atomically."""
+    """Write the plain state dict of a network, on the CPU, without the prefix of a parallel wrapper."""
     state = getattr(network, "module", network).state_dict()
     save_atomically({name: value.detach().cpu() for name, value in state.items()}, path)
 
@@ -158,7 +158,6 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
     """
     record = Path(path).with_suffix(".json")
     settings = json.loads(json.dumps(settings, default=_attributes))
-    resume = str2bool(resume)  # the command line gives "false" as a string
     if resume and os.path.isfile(path):
         before = json.loads(record.read_text()) if record.is_file() else settings
         changed = [name for name in settings if before.get(name) != settings[name]]
@@ -188,18 +187,13 @@ def _short(value: Any) -> str:
 
 
 class StrictCheckpointLoader:
-    """Loads a network's weights before the first batch: MONAI's ``CheckpointLoader`` with errors that say what to do.
+    """Loads a network's weights before the first batch: :func:`sspformer.networks.load_weights` as a handler.
 
-    By "CheckpointLoader" in its name MONAI's ``MonaiAlgo`` knows it, and disables it, as it brings weights of its own.
+    MONAI's ``MonaiAlgo`` brings weights of its own, and disables handlers with "CheckpointLoader" in their names.
 
     Args:
         network: to load into.
-        path: of its state dict, or of a checkpoint with it as ``"network"``, of any floating point type; read with
-            ``weights_only``.
-
-    Raises:
-        FileNotFoundError: if there is no file at ``path``.
-        ValueError: if it does not hold exactly the network's tensors, naming those that differ, or one is not finite.
+        path: of its state dict, or of a checkpoint.
     """
 
     def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
@@ -209,48 +203,4 @@ class StrictCheckpointLoader:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine | None = None) -> None:
-        if not Path(self.path).is_file():
-            raise FileNotFoundError(
-                f"no weights at {self.path}: train the model first (configs/train.json writes models/model.pt in its "
-                "output_dir), or name a file with --weights."
-            )
-        try:
-            source = torch.load(self.path, map_location="cpu", weights_only=True)
-            source = source["network"] if isinstance(source.get("network"), dict) else source
-            shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
-        except Exception as error:  # torch raises many types here: pickle's, zip's, RuntimeError, EOFError
-            raise ValueError(
-                f"{self.path} is damaged or no plain state dict ({type(error).__name__}): copy it again, or write it "
-                "with torch.save(network.state_dict(), path)."
-            ) from None
-        if broken := [name for name, tensor in source.items() if not tensor.isfinite().all()]:
-            raise ValueError(
-                f"the weights {self.path} are NaN or infinite in {len(broken)} tensors, such as {broken[0]}: the "
-                "training that wrote them has diverged, give those of before with --weights."
-            )
-        network = getattr(self.network, "module", self.network)
-        try:
-            network.load_state_dict(source)
-        except RuntimeError as error:
-            wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-            odd = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
-            if not odd:  # all shapes fit
-                raise ValueError(f"the weights {self.path} are of another model: {error}") from None
-            if set(odd) == {"head.weight", "head.bias"} and set(odd) <= wanted.keys() & shapes.keys():
-                channels = shapes["head.weight"][0]
-                raise ValueError(
-                    f"the weights {self.path} have {channels} output channels, the network {wanted['head.weight'][0]}: "
-                    f"add --network_def#out_channels {channels} and --class_names with the names of the {channels - 1} "
-                    "labels, or the overlay that they were trained with."
-                ) from None
-            differ = [
-                f"{name} is {shapes.get(name, 'missing')} in the file and {wanted.get(name, 'missing')} in the network"
-                for name in odd
-            ]
-            more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise ValueError(
-                f"the weights {self.path} are of another model: {'; '.join(differ[:3])}{more}. Add the overlay that "
-                "they were trained with (--config_file \"['configs/inference.json','configs/denoising.json']\"), or "
-                "give others with --weights."
-            ) from None
-        logger.info(f"weights from {self.path}")
+        load_weights(self.network, self.path)

@@ -1,4 +1,4 @@
-"""Entries of a config that do not fit each other, found before any data are read."""
+"""Checks of settings, before any data are read."""
 
 from __future__ import annotations
 
@@ -19,19 +19,29 @@ def check_sides(image_size: Sequence[int], spatial_dims: int) -> None:
 
 
 def check_settings(
-    task: str,
     spatial_dims: int,
     roi_size: Sequence[int],
     spacing: Sequence[float],
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
     network: nn.Module,
 ) -> None:
-    """Raise where entries of a config do not fit each other, before any data are read."""
+    """Raise where entries of a config do not fit each other, before any data are read.
+
+    Args:
+        spatial_dims: 2 or 3.
+        roi_size: sides of the sliding window, one for each axis.
+        spacing: mm, one for each axis.
+        class_names: of the labels from 1 on; None: the output is no label map.
+        network: whose ``head``, if there is one, has an output channel for each class.
+
+    Raises:
+        ValueError: naming the entries.
+    """
     for name, value in {"roi_size": roi_size, "spacing": spacing}.items():
         if not isinstance(value, Sequence) or len(value) != spatial_dims:
             raise ValueError(f"{name} needs one number for each of {spatial_dims} axes, got {value}.")
     out_channels = getattr(getattr(network, "head", None), "out_channels", None)  # another network may have no head
-    if task == "segmentation" and out_channels not in (None, len(class_names) + 1):
+    if class_names is not None and out_channels not in (None, len(class_names) + 1):
         raise ValueError(
             f"class_names has {len(class_names)} names, {len(class_names) + 1} channels with the background, but the "
             f"network has {out_channels}: set --network_def#out_channels {len(class_names) + 1}, or name the label "

@@ -1,4 +1,4 @@
-"""Ignite handlers that MONAI does not have: seeds for each epoch, gradient clipping, a frozen encoder."""
+"""Ignite handlers that MONAI does not have: seeds for each epoch, gradient clipping, a frozen encoder, progress."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["FreezeEncoder", "GradientClipping", "Progress", "SeedEpoch", "Valida
 
 
 class SeedEpoch:
-    """Start every random source anew at each epoch, from the seed, the epoch's number and the process's.
+    """Seed all random sources at the start of each epoch, from the seed, the epoch and the rank of the process.
 
-    What an epoch draws then depends on nothing before it, so a run that was killed and resumed at an epoch's start
-    draws what an unkilled one draws.
+    An epoch's draws then do not depend on earlier epochs, so a resumed run draws the same as an uninterrupted one.
 
     Args:
         seed: of the run.
-        randomizables: what has MONAI's ``set_random_state``, and datasets, whose ``transform`` has it.
-        same_every_epoch: the same draws each time, for validation; the global sources are then left alone.
+        randomizables: objects with MONAI's ``set_random_state``, or datasets whose ``transform`` has it. One with
+            ``shared_draws`` is seeded alike in all processes, as :class:`sspformer.data.DeviceLoader` is.
+        same_every_epoch: draw the same in each epoch, for validation; leaves the global sources alone.
     """
 
     def __init__(self, seed: int, randomizables: Sequence[Any] = (), same_every_epoch: bool = False) -> None:
@@ -38,24 +38,24 @@ class SeedEpoch:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        seed = self.seed
+        seed = shared = self.seed
         if not self.same_every_epoch:
             seeds = np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(idist.get_world_size())
-            seed = int(seeds[idist.get_rank()])
+            seed, shared = int(seeds[idist.get_rank()]), int(seeds[0])
             torch.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
         for randomizable in self.randomizables:
             source = getattr(randomizable, "transform", randomizable)
             if hasattr(source, "set_random_state"):  # MONAI's default prepare_batch draws nothing
-                source.set_random_state(seed=seed)
+                source.set_random_state(seed=shared if getattr(source, "shared_draws", False) else seed)
 
 
 class GradientClipping:
-    """Clip the norm of all gradients together after each backward pass.
+    """Clip the joint norm of all gradients after each backward pass.
 
     Args:
-        network: whose gradients.
+        network: whose gradients are clipped.
         max_norm: above 0.
     """
 
@@ -72,33 +72,32 @@ class GradientClipping:
 
 
 class Progress(ProgressBar):
-    """A progress bar through each epoch, with the loss of the epoch before; only on a terminal, so that logs stay
-    readable."""
+    """A progress bar for each epoch, with the loss of the previous one; only on a terminal, to keep logs readable."""
 
     def __init__(self) -> None:
         super().__init__(disable=None)
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
-        engine.state.train_loss = float("nan")  # until the first epoch is over
+        engine.state.train_loss = float("nan")  # in the first epoch
         super().attach(engine, state_attributes=["train_loss"])
 
 
 class Validation(ValidationHandler):
-    """MONAI's ``ValidationHandler`` that validates after the last epoch as well, whatever the interval."""
+    """MONAI's ``ValidationHandler``, which here also validates after the last epoch, whatever the interval."""
 
     def attach(self, engine: Engine) -> None:
         if self.exec_at_start:
-            # epoch 1, as MONAI's evaluator runs twice from epoch 0
+            # as epoch 1, because MONAI's evaluator runs twice from epoch 0
             engine.add_event_handler(Events.STARTED, lambda: self.validator.run(1))
         engine.add_event_handler(_every_and_last(self.interval), self)
 
 
 class FreezeEncoder:
-    """Train the decoder alone for the first epochs: new layers do not shake pretrained ones.
+    """Train without the encoder in the first epochs, so that new layers do not disturb pretrained ones.
 
     Args:
-        network: a dense network; any other too where ``epochs`` is 0.
-        epochs: for how many; 0: none; as many as the run has: the encoder stays as it was pretrained.
+        network: with an ``encoder``, if ``epochs`` is above 0.
+        epochs: number of those epochs. If it is that of the whole run, the encoder stays as it was pretrained.
     """
 
     def __init__(self, network: torch.nn.Module, epochs: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""One row an epoch, and curves."""
+"""The history of a training: a table and curves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-from ..io.files import replacing
+from ..io.tables import write_csv
 from ..pictures import curves
 
 __all__ = ["History"]
@@ -21,14 +21,14 @@ logger = logging.getLogger("sspformer")
 
 
 class History:
-    """One row an epoch in ``history.csv``, and curves of it in ``pictures/curves.png``.
+    """Writes one row for each epoch to ``history.csv``, and its curves to ``pictures/curves.png``; for the trainer.
 
-    The training loss is summed on the device and read once an epoch. A resumed run drops the rows of epochs that it
-    repeats.
+    The training loss is summed on the device and read once in each epoch. A resumed run drops the rows of the epochs
+    that it repeats.
 
     Args:
         output_dir: where the files go.
-        evaluator: whose metrics join the row, if it ran in this epoch.
+        evaluator: its metrics join the row of an epoch in which it ran.
         attributes: name to function without arguments, for more columns (learning rate, beta).
         summary_writer: TensorBoard writer that gets the columns as scalars too, or None.
     """
@@ -74,7 +74,7 @@ class History:
         loss = engine.state.output["loss"].detach()
         self._loss = self._loss + loss
         self._batches += 1
-        engine.state.output = [{"loss": loss}]  # where MONAI's handlers (MLflow, statistics) look for it, undecollated
+        engine.state.output = [{"loss": loss}]  # as MONAI's handlers (MLflow, statistics) expect it
 
     def validated(self, evaluator: Engine, trainer: Engine) -> None:
         self._validated_epoch = trainer.state.epoch
@@ -90,10 +90,10 @@ class History:
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} in epoch {epoch}: lower the learning rate, or look at the scans of this run in "
-                "scans.csv; the checkpoint of the epoch before is kept."
+                "scans.csv; the checkpoint of the previous epoch is kept."
             )
         self.rows.append(row)
-        self.write()
+        write_csv(self.path, self.rows)
         if self._validated_epoch == epoch or epoch == engine.state.max_epochs:
             self.draw()
         if self.writer is not None:
@@ -103,13 +103,6 @@ class History:
             self.writer.flush()
         message = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
         logger.info(f"epoch {epoch}/{engine.state.max_epochs}: {message}")
-
-    def write(self) -> None:
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with replacing(self.path) as part, part.open("w", newline="") as file:
-            table = csv.DictWriter(file, names, restval="")
-            table.writeheader()
-            table.writerows(self.rows)
 
     def draw(self) -> None:
         pictures = self.directory / "pictures"

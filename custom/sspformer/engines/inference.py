@@ -1,78 +1,103 @@
-"""Inference on a batch of scans: one bad file stops nothing, and an interrupted batch goes on."""
+"""Inference on a batch of scans: a bad file does not stop the others, and an interrupted batch goes on."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
-from monai.utils import str2bool
 
-from ..io.files import dicom_path, digest, output_path, picture_path, record_path, stats, stem, write_atomically
+from ..compat import original_error
+from ..io.files import digest, stats, stem, write_atomically
 from ..io.load import files_of, is_series
+from ..io.tables import write_csv
 
-__all__ = ["InferenceDataset", "InferenceEvaluator", "InferenceReport", "unfinished"]
+__all__ = ["InferenceDataset", "InferenceEvaluator", "InferenceReport", "ResultWriter", "ScansFailed", "mark_done"]
 
 logger = logging.getLogger("sspformer")
 
 
-def unfinished(
+class ResultWriter(Protocol):
+    """A transform of the postprocessing that writes a file or a folder for each scan."""
+
+    def path_of(self, item: Mapping[str, Any]) -> Path | None:
+        """Path of what it writes for an item of :func:`sspformer.data.find_inputs`; None if that is nothing."""
+
+
+class ScansFailed(RuntimeError):
+    """Raised at the end of a batch in which scans failed; the message lists them with their reasons.
+
+    Args:
+        rows: of the scans that failed, as ``inference.csv`` has them.
+        total: number of scans in the batch.
+    """
+
+    show_traceback = False  # read by sspformer.compat.print_cause_last
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
+        lines = [f"  {row['source'] or row['name']}: {row['reason']}" for row in rows]
+        super().__init__("\n".join([f"{len(rows)} of {total} scans failed:", *lines]))
+        self.rows, self.total = list(rows), total
+
+
+def mark_done(
     inputs: Sequence[Mapping[str, Any]],
-    output_dir: str | Path,
-    postfix: str,
+    writers: Sequence[ResultWriter],
     weights: str | Path,
     options: Mapping[str, Any],
-    pictures: bool = False,
     overwrite: bool = False,
-    dicom: bool = False,
 ) -> list[Mapping[str, Any]]:
-    """The items, of which some are done already, so that an interrupted batch goes on where it stopped.
+    """Find the scans whose results are there already, so that an interrupted batch goes on where it stopped.
 
-    An output counts as done if the record beside it says that it was made from the same file, weights and options.
+    A result is complete if the record beside it names the same file, weights and options, and if all that the other
+    writers write for the scan is there and newer.
 
     Args:
         inputs: items of :func:`sspformer.data.find_inputs`.
-        output_dir: of the outputs.
-        postfix: of the outputs.
+        writers: all that write results. The first writes the NIfTI that the record belongs to.
         weights: file of the network's weights.
-        options: whatever else shapes an output; compared as text.
-        pictures: each output needs a picture as well.
-        overwrite: all are to do.
-        dicom: each output of a DICOM series needs a DICOM one as well.
+        options: whatever else shapes a result; compared as text.
+        overwrite: process all scans again.
 
     Returns:
-        the items: with ``done``; or, still to do, with their ``record`` (JSON); or with a ``reason`` if another scan's
-        output has their name, or one beside which there is a JSON file but no record.
+        the items. Each has ``done`` if its result is complete; a ``reason`` if a file of that name is there that was
+        made from another scan or has no record; else the ``record`` (JSON) to write beside its result.
     """
-    pictures, overwrite, dicom = map(str2bool, (pictures, overwrite, dicom))  # strings from the command line
-    items = []
-    for item in inputs:
-        if item.get("reason"):
-            items.append(item)
-            continue
-        record = _record(item["image"], weights, options)
-        where = (item["name"], output_dir, postfix)
-        output, before = output_path(*where), record_path(*where)
-        beside = [picture_path(*where)] if pictures else []
-        beside += [dicom_path(*where)] if dicom and is_series(item["image"]) else []
-        written = before.read_text(errors="replace") if output.is_file() and before.is_file() else ""
-        source = _source(written)
-        if overwrite or not written or source == _source(record):
-            to_do = overwrite or written != record or not all(_is_newer(path, output) for path in beside)
-            items.append({**item, **({"record": record} if to_do else {"done": True})})
-        else:
-            made = f"made from {source}" if source else f"and {before.name} beside it does not say what from"
-            reason = f"{output} is there already, {made}: give another output_dir, or replace it with --overwrite true"
-            items.append({"name": item["name"], "source": item.get("source", ""), "reason": reason})
-    return items
+    return [item if item.get("reason") else _mark(item, writers, weights, options, overwrite) for item in inputs]
+
+
+def _mark(
+    item: Mapping[str, Any],
+    writers: Sequence[ResultWriter],
+    weights: str | Path,
+    options: Mapping[str, Any],
+    overwrite: bool,
+) -> Mapping[str, Any]:
+    record = _record(item["image"], weights, options)
+    result, *others = [path for writer in writers if (path := writer.path_of(item))]
+    place = _record_path(result)
+    written = place.read_text(errors="replace") if result.is_file() and place.is_file() else ""
+    if overwrite or not written:
+        return {**item, "record": record}
+    source = _source(written)
+    if source != _source(record):
+        made = f"made from {source}" if source else f"and {place.name} beside it does not say what from"
+        reason = f"{result} is there already, {made}: give another output_dir, or replace it with --overwrite true"
+        return {"name": item["name"], "source": item.get("source", ""), "reason": reason}
+    done = written == record and all(_is_newer(path, result) for path in others)
+    return {**item, **({"done": True} if done else {"record": record})}
+
+
+def _record_path(result: Path) -> Path:
+    """Path of the file that says what a NIfTI result was made from."""
+    return result.with_name(result.name.removesuffix(".nii.gz") + ".json")
 
 
 def _source(record: str) -> str:
@@ -83,9 +108,9 @@ def _source(record: str) -> str:
         return ""
 
 
-def _is_newer(path: Path, output: Path) -> bool:
-    """Whether what goes beside an output is there, and of this output."""
-    return path.exists() and path.stat().st_mtime_ns >= output.stat().st_mtime_ns
+def _is_newer(path: Path, result: Path) -> bool:
+    """Whether a file or folder is there that was made from this result."""
+    return path.exists() and path.stat().st_mtime_ns >= result.stat().st_mtime_ns
 
 
 def _record(image: str | Sequence[str], weights: str | Path, options: Mapping[str, Any]) -> str:
@@ -104,11 +129,14 @@ def _record(image: str | Sequence[str], weights: str | Path, options: Mapping[st
 
 
 class InferenceDataset(Dataset):
-    """MONAI's ``Dataset`` that gives the reason in place of a scan that cannot be read or preprocessed.
+    """MONAI's ``Dataset``, except that a scan that cannot be read or preprocessed gives the reason instead.
 
-    Items are those of :func:`sspformer.data.find_inputs`; one with a ``reason`` keeps it, one of a DICOM series keeps
-    its ``files``. Those that are ``done`` are left out, and are in ``items`` alone. A client's own list may be of
-    ``{"image": path}``: then names are those of the files.
+    Items that are ``done`` are left out; ``items`` has all of them. An item with a ``reason`` keeps it, and one of a
+    DICOM series keeps the list of its ``files``.
+
+    Args:
+        data: items of :func:`mark_done`. A client's own may be ``{"image": path}``; it is then named after its file.
+        transform: the preprocessing.
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable | None = None) -> None:
@@ -118,29 +146,29 @@ class InferenceDataset(Dataset):
         self.items = [{**item, "name": name} for item, name in zip(data, names)]
         super().__init__([item for item in self.items if not item.get("done")], transform)
 
-    def _transform(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.data[index]
         reason = item.get("reason")
         if not reason:
             try:
                 files = {"files": list(item["image"])} if is_series(item["image"]) else {}
-                return {**super()._transform(index), **files}
-            except Exception as error:  # whatever is wrong with this scan, the others do not suffer
+                return {**super().__getitem__(index), **files}
+            except Exception as error:  # whatever is wrong with this scan, the others go on
                 reason = _reason(error)
         return {"name": item["name"], "reason": reason}
 
 
 class InferenceEvaluator(SupervisedEvaluator):
-    """MONAI's ``SupervisedEvaluator`` that goes on after a scan that fails.
+    """MONAI's ``SupervisedEvaluator``, except that it goes on after a scan that fails.
 
-    The output of such a scan is ``{"reason": ...}``. Batches hold one scan each.
+    The output for such a scan is ``{"reason": ...}``. Batches hold one scan each.
     """
 
     def run(self) -> None:
-        if len(self.data_loader):  # of an empty one MONAI warns, but here it is a batch that is complete
+        if len(self.data_loader):  # MONAI warns of an empty one, but here the batch is complete
             super().run()
 
-    def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> Any:
+    def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> Any:  # MONAI's hook for subclasses
         if "reason" in batchdata:
             return {"reason": batchdata["reason"][0]}
         try:
@@ -149,28 +177,28 @@ class InferenceEvaluator(SupervisedEvaluator):
             return {"reason": _reason(error)}
 
 
-def _reason(error: BaseException) -> str:
-    """The message of an exception, without what MONAI's transforms wrap around it."""
-    while str(error).startswith("applying transform") and error.__cause__ is not None:
-        error = error.__cause__
-    return f"{error}" or type(error).__name__
+def _reason(error: Exception) -> str:
+    error = original_error(error)
+    return str(error) or type(error).__name__
 
 
 class InferenceReport:
-    """Writes ``inference.csv``, a row a scan: name, status (written, already there, failed), seconds, reason, source;
-    and beside each output the record of what it was made from, see :func:`unfinished`. For an evaluator of an
-    :class:`InferenceDataset`.
+    """Writes ``inference.csv``, and beside each result the record of what it was made from.
+
+    ``inference.csv`` has one row for each scan: name, status (written, already there, failed), seconds, reason and
+    source. The handler is for the evaluator of an :class:`InferenceDataset`.
 
     Args:
-        output_dir: of the outputs and the report.
-        postfix: of the outputs.
+        output_dir: gets ``inference.csv``.
+        writers: as of :func:`mark_done`; empty: no records are written.
     """
 
     COLUMNS = ("name", "status", "seconds", "reason", "source")
 
-    def __init__(self, output_dir: str | Path, postfix: str) -> None:
+    def __init__(self, output_dir: str | Path, writers: Sequence[ResultWriter] = ()) -> None:
+        self.path, self.writers = Path(output_dir) / "inference.csv", writers
         self.sources: dict[str, str] = {}
-        self.path, self.postfix = Path(output_dir) / "inference.csv", postfix
+        self.records: dict[str, tuple[Path, str]] = {}
         self.rows: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -182,16 +210,16 @@ class InferenceReport:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.count)
 
     def start(self, engine: Engine, to_do: Sequence[Mapping[str, Any]]) -> None:
-        names = {item["name"] for item in to_do}
-        self.records = {item["name"]: item["record"] for item in to_do if "record" in item}
-        for item in to_do:  # the record of before must not vouch for what is written from now on
-            if not item.get("reason"):
-                record_path(item["name"], self.path.parent, self.postfix).unlink(missing_ok=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writeheader()
+        for item in to_do:
+            if self.writers and not item.get("reason"):
+                place = _record_path(self.writers[0].path_of(item))
+                place.unlink(missing_ok=True)  # an earlier record must not vouch for what is written from now on
+                if "record" in item:
+                    self.records[item["name"]] = place, item["record"]
+        write_csv(self.path, self.rows, self.COLUMNS)
+        left = {item["name"] for item in to_do}
         for name in self.sources:
-            if name not in names:
+            if name not in left:
                 self.add(name, "already there")
 
     def start_clock(self, engine: Engine) -> None:
@@ -204,30 +232,31 @@ class InferenceReport:
         if reason:
             logger.warning(f"{self.sources.get(name) or name} failed: {reason}")
         elif name in self.records:
-            write_atomically(record_path(name, self.path.parent, self.postfix), self.records[name])
+            write_atomically(*self.records[name])
         self.add(name, "failed" if reason else "written", round(time.perf_counter() - self.clock, 2), reason)
 
     def add(self, name: str, status: str, seconds: float | str = "", reason: str = "") -> None:
         values = (name, status, seconds, reason, self.sources.get(name, ""))
         self.rows.append(dict(zip(self.COLUMNS, values)))
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
+        write_csv(self.path, self.rows, self.COLUMNS)
 
     def count(self, engine: Engine) -> None:
-        """Numbers of scans, and seconds, as the engine's metrics: what ``--tracking mlflow`` logs."""
+        """Set the numbers of scans, and the seconds, as the engine's metrics, which ``--tracking mlflow`` logs."""
         for status in ("written", "failed"):
             engine.state.metrics[status] = sum(row["status"] == status for row in self.rows)
         engine.state.metrics["seconds"] = sum(row["seconds"] or 0 for row in self.rows)
 
     def finish(self) -> None:
-        """Sum up; ends the program with status 1 and the list of the scans that failed, if any did."""
+        """Log a summary.
+
+        Raises:
+            ScansFailed: if a scan failed.
+        """
         count = {status: sum(row["status"] == status for row in self.rows) for status in ("written", "already there")}
         count["already there"] += 0 if self.rows else len(self.sources)  # nothing was left to do, so nothing ran
         again = " (--overwrite true writes them again)" if count["already there"] else ""
         logger.info(
             f"{count['written']} scans written to {self.path.parent}, {count['already there']} already there{again}"
         )
-        failed = [row for row in self.rows if row["status"] == "failed"]
-        if failed:
-            lines = [f"  {row['source'] or row['name']}: {row['reason']}" for row in failed]
-            raise SystemExit("\n".join([f"{len(failed)} of {len(self.sources)} scans failed:", *lines]))
+        if failed := [row for row in self.rows if row["status"] == "failed"]:
+            raise ScansFailed(failed, len(self.sources))

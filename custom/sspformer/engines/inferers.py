@@ -1,4 +1,8 @@
-"""MONAI's inferers under bfloat16 autocast."""
+"""MONAI's inferers under bfloat16 autocast.
+
+MONAI's engines use autocast on CUDA only, and by default in float16, which needs loss scaling; see
+https://github.com/Project-MONAI/MONAI/issues/4116.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,13 @@ from contextlib import nullcontext
 
 import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
-from monai.utils import str2bool
 from torch import Tensor
 
 __all__ = ["AutocastInferer", "AutocastSlidingWindowInferer", "fast_bfloat16"]
 
 
 def fast_bfloat16(device: torch.device | str) -> bool:
-    """Whether bfloat16 pays on this device: GPUs from Ampere on, CPUs with AVX-512 or better (oneDNN's own test)."""
+    """Whether bfloat16 is faster on this device: GPUs from Ampere on, CPUs with AVX-512 (by oneDNN's own test)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -22,10 +25,7 @@ def fast_bfloat16(device: torch.device | str) -> bool:
 
 
 class AutocastInferer(SimpleInferer):
-    """MONAI's ``SimpleInferer`` under bfloat16 autocast, on CPU and GPU alike; its output is float32 again.
-
-    MONAI's trainer knows autocast for CUDA only. bfloat16 needs no loss scaling, so nothing else of the trainer
-    changes.
+    """MONAI's ``SimpleInferer`` under bfloat16 autocast, on CPUs and GPUs; the output is float32.
 
     Args:
         enabled: False: run in the network's own precision.
@@ -33,7 +33,7 @@ class AutocastInferer(SimpleInferer):
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__()
-        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+        self.enabled = enabled
 
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if self.enabled else nullcontext()
@@ -43,7 +43,7 @@ class AutocastInferer(SimpleInferer):
 
 
 class AutocastSlidingWindowInferer(SlidingWindowInferer):
-    """MONAI's ``SlidingWindowInferer`` whose network runs under bfloat16 autocast, on CPU and GPU alike.
+    """MONAI's ``SlidingWindowInferer`` with a network under bfloat16 autocast, on CPUs and GPUs.
 
     Windows are blended in float32.
 
@@ -55,7 +55,7 @@ class AutocastSlidingWindowInferer(SlidingWindowInferer):
 
     def __init__(self, *args, enabled: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
+        self.enabled = enabled
 
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         def in_autocast(*windows, **options) -> Tensor:

@@ -19,16 +19,16 @@ def weight_decay_groups(network: torch.nn.Module, weight_decay: float) -> list[d
 def layer_decay_groups(
     network: nn.Module, learning_rate: float, layer_decay: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict]:
-    """Parameter groups for AdamW, with layer-wise learning-rate decay in the encoder.
+    """Parameter groups for AdamW with layer-wise learning rates in the encoder.
 
-    The decoder learns at ``learning_rate``; the encoder's last block at ``layer_decay`` times that, the block before it
-    at ``layer_decay ** 2`` times, and so on to the patch embedding (Clark et al., arXiv 2003.10555; Bao et al.,
-    arXiv 2106.08254). Matrices and convolutions decay their weights; biases and norms do not.
+    The decoder learns at ``learning_rate``, the encoder's last block at ``layer_decay`` times that, the block before it
+    at ``layer_decay ** 2`` times that, and so on down to the patch embedding (Clark et al., arXiv 2003.10555; Bao et
+    al., arXiv 2106.08254). Weight decay is for matrices and convolutions, not for biases and norms.
 
     Args:
-        network: a dense network with an ``encoder``, or its parallel wrapper.
+        network: with an ``encoder`` (:class:`sspformer.networks.Encoder`), or its parallel wrapper.
         learning_rate: of the decoder, above 0.
-        layer_decay: in (0, 1]; 1: one learning rate for all.
+        layer_decay: in (0, 1]; 1 is one learning rate for all.
         weight_decay: of AdamW, at least 0.
 
     Raises:
@@ -37,17 +37,13 @@ def layer_decay_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 gives all layers one learning rate.")
     network = getattr(network, "module", network)
-    n_blocks = len(network.encoder.blocks)
+    encoder = network.encoder
+    layers = [encoder, *encoder.blocks, encoder.norm]  # a parameter is of the last one that has it
+    distances = [*range(len(encoder.blocks) + 1, 0, -1), 1]  # from the decoder
+    distance_of = {p: distance for layer, distance in zip(layers, distances, strict=True) for p in layer.parameters()}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        distance = 0  # from the decoder, in layers
-        if name.startswith("encoder.blocks."):
-            distance = n_blocks - int(name.split(".")[2])
-        elif name.startswith("encoder.norm."):
-            distance = 1
-        elif name.startswith("encoder."):
-            distance = n_blocks + 1
-        groups.setdefault((distance, parameter.ndim > 1), []).append(parameter)
+    for parameter in network.parameters():
+        groups.setdefault((distance_of.get(parameter, 0), parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -1,109 +1,84 @@
-"""Pictures of a run: handlers and a transform that draw them."""
+"""Handlers and a transform that draw pictures of a run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResampleToMatch
 
-from ..io.files import POSTFIX, picture_path
+from ..compat import original_error
 from ..pictures import figure_to_array, reconstruction_panel, restoration_panel, segmentation_panel
-from ..transforms.masking import MaskSampler
-from .inference import _reason
-from .report import _names, _samples
+from ..transforms.masking import MaskIndices
+from .report import names_of, samples_of
 
-__all__ = ["ReconstructionPanel", "RestorationPanel", "SavePictured", "SegmentationPanel"]
+__all__ = ["Panel", "ReconstructionPanel", "RestorationPanel", "SavePNGd", "SegmentationPanel"]
 
 logger = logging.getLogger("sspformer")
 
 
-class ReconstructionPanel:
-    """A PNG panel a validation, ``pictures/epoch_0010.png``, and the same picture in TensorBoard; for the evaluator.
-
-    Args:
-        output_dir: the panels go to its ``pictures``.
-        n_images: rows at the most, taken from the first batch.
-        mask: what draws the masks of the training, to show one of them as well; or None.
-        summary_writer: TensorBoard writer, or None.
-    """
-
-    def __init__(
-        self, output_dir: str, n_images: int = 4, mask: MaskSampler | None = None, summary_writer=None
-    ) -> None:
-        self.directory = Path(output_dir) / "pictures"
-        self.n_images = n_images
-        self.mask = mask
-        self.writer = summary_writer
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
-
-    def __call__(self, engine: Engine) -> None:
-        epoch = engine.state.epoch  # MONAI's ValidationHandler hands over the trainer's
-        figure = reconstruction_panel(engine.state.output, self.n_images, engine.state.batch.get("name"), self.mask)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.directory / f"epoch_{epoch:04d}.png", dpi=100)
-        if self.writer is not None:
-            self.writer.add_image("reconstruction", figure_to_array(figure), epoch, dataformats="HWC")
-
-
-class SavePictured(MapTransform):
-    """A PNG a scan: labels over the scan, or before and after; last of the postprocessing, when the result is written.
-
-    One that cannot be drawn is a warning.
+class SavePNGd(MapTransform):
+    """Draws a PNG of each result, the last step of the postprocessing. One that cannot be drawn is a warning.
 
     Args:
         keys: the prediction as it was written, one key.
-        output_dir: gets ``pictures/<name>_<postfix of the task>.png``.
-        task: "segmentation", "denoising" or "super_resolution".
-        class_names: of the structures without the background. None, or names that are not as many as the network's
-            classes: their numbers are shown.
+        output_dir: gets ``pictures/<name>_<postfix>.png``.
+        postfix: of the result.
+        panel: draws a list of samples, of which there is one, with ``image`` (on the prediction's grid), ``pred`` and
+            ``name``, such as :func:`sspformer.pictures.segmentation_panel`.
     """
 
     def __init__(
-        self, keys: KeysCollection, output_dir: str | Path, task: str, class_names: Sequence[str] | None = None
+        self, keys: KeysCollection, output_dir: str | Path, postfix: str, panel: Callable[[Sequence[Mapping]], Figure]
     ) -> None:
         super().__init__(keys)
-        self.output_dir, self.task, self.class_names = output_dir, task, class_names
+        self.directory, self.postfix, self.panel = Path(output_dir) / "pictures", postfix, panel
+
+    def path_of(self, item: Mapping[Hashable, Any]) -> Path:
+        """Path of the picture of an item."""
+        return self.directory / f"{item['name']}_{self.postfix}.png"
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
             try:
-                self.draw(data["image"], data[key], data["name"])
+                self._draw(data["image"], data[key], data)
             except Exception as error:  # the result is there, and counts
-                logger.warning(f"no picture of {data['name']}: {_reason(error)}")
+                logger.warning(f"no picture of {data['name']}: {original_error(error)}")
         return dict(data)
 
-    def draw(self, image: MetaTensor, pred: MetaTensor, name: str) -> None:
-        """Draws one scan, the image on the network's grid and the prediction on the file's."""
-        if self.task == "segmentation":
-            names = self.class_names if len(self.class_names or ()) + 1 == pred.meta.get("n_classes") else None
+    def _draw(self, image: MetaTensor, pred: MetaTensor, item: Mapping[Hashable, Any]) -> None:
+        if image.shape[1:] != pred.shape[1:] or not torch.equal(image.affine, pred.affine):
             image = ResampleToMatch(mode="bilinear", padding_mode="border")(image, pred)
-            figure = segmentation_panel([{"image": image, "pred": pred, "name": name}], names)
-        else:
-            figure = restoration_panel([{"image": image, "pred": pred, "name": name}])
-        path = picture_path(name, self.output_dir, POSTFIX[self.task])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
+        figure = self.panel([{"image": image, "pred": pred, "name": item["name"]}])
+        self.directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.path_of(item), dpi=100)
 
 
-class _Panel:
-    """Keeps the first samples of an evaluation and draws them at its end."""
+class Panel:
+    """Draws the first samples of an evaluation: a PNG and a picture in TensorBoard. For the evaluator.
 
-    tag: str
+    Args:
+        output_dir: gets ``pictures/epoch_0010.png``.
+        n_images: largest number of samples.
+        separate: one file for each sample, ``pictures/<name>.png``, instead of one for all.
+        summary_writer: TensorBoard writer, or None.
+    """
+
+    tag: str  # in TensorBoard
 
     def __init__(self, output_dir: str, n_images: int = 2, separate: bool = False, summary_writer=None) -> None:
         self.directory = Path(output_dir) / "pictures"
         self.n_images, self.separate, self.writer = n_images, separate, summary_writer
 
     def figure(self, samples: Sequence[Mapping]) -> Figure:
+        """The panel of samples with ``image``, ``label``, ``pred`` and ``name``."""
         raise NotImplementedError
 
     def attach(self, engine: Engine) -> None:
@@ -115,8 +90,10 @@ class _Panel:
         self._samples: list[dict] = []
 
     def collect(self, engine: Engine) -> None:
+        if len(self._samples) >= self.n_images:
+            return
         batch = engine.state.batch
-        for output, item, name in zip(_samples(engine.state.output), _samples(batch), _names(batch)):
+        for output, item, name in zip(samples_of(engine.state.output), samples_of(batch), names_of(batch)):
             if len(self._samples) < self.n_images:
                 sample = {**{key: output.get(key) for key in ("image", "label", "pred")}, "name": name}
                 if not isinstance(sample["image"], MetaTensor) and isinstance(item["image"], MetaTensor):
@@ -127,30 +104,51 @@ class _Panel:
                     self._samples[-1] = {}
 
     def __call__(self, engine: Engine) -> None:
-        if self.separate or not self._samples:
-            return
-        epoch = engine.state.epoch  # MONAI's ValidationHandler hands over the trainer's
-        figure = self.figure(self._samples)
+        if self._samples and not self.separate:
+            self._publish(self.figure(self._samples), engine)
+        self._samples = []
+
+    def _publish(self, figure: Figure, engine: Engine) -> None:
+        epoch = engine.state.epoch  # the trainer's, which MONAI's ValidationHandler hands over
         self._save(figure, f"epoch_{epoch:04d}")
         if self.writer is not None:
             self.writer.add_image(self.tag, figure_to_array(figure), epoch, dataformats="HWC")
-        self._samples = []
 
     def _save(self, figure: Figure, name: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.directory / f"{name}.png", dpi=100)
 
 
-class SegmentationPanel(_Panel):
-    """True and predicted labels of the first samples, a PNG an evaluation, ``pictures/epoch_0010.png``, and the same
-    picture in TensorBoard; for the evaluator.
+class ReconstructionPanel(Panel):
+    """Masks and reconstructions of the first batch of a validation, see :class:`Panel`.
 
     Args:
-        output_dir: the pictures go to its ``pictures``.
+        output_dir, n_images, summary_writer: as of :class:`Panel`.
+        mask: the mask strategy of the training, to show a mask of it as well; or None.
+    """
+
+    tag = "reconstruction"
+
+    def __init__(
+        self, output_dir: str, n_images: int = 4, mask: Callable[..., MaskIndices] | None = None, summary_writer=None
+    ) -> None:
+        super().__init__(output_dir, n_images, summary_writer=summary_writer)
+        self.mask = mask
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
+
+    def __call__(self, engine: Engine) -> None:
+        names = engine.state.batch.get("name")
+        self._publish(reconstruction_panel(engine.state.output, self.n_images, names, self.mask), engine)
+
+
+class SegmentationPanel(Panel):
+    """True and predicted labels, see :class:`Panel`.
+
+    Args:
+        output_dir, n_images, separate, summary_writer: as of :class:`Panel`.
         class_names: of the labels from 1 on; None: their numbers.
-        n_images: samples at the most.
-        separate: a file for each sample, ``pictures/<name>.png``, instead of one for all.
-        summary_writer: TensorBoard writer, or None.
     """
 
     tag = "segmentation"
@@ -170,12 +168,8 @@ class SegmentationPanel(_Panel):
         return segmentation_panel(samples, self.class_names)
 
 
-class RestorationPanel(_Panel):
-    """Scans before and after, the truth and the errors of the first samples, a PNG an evaluation; for the evaluator.
-
-    Args:
-        output_dir, n_images, separate, summary_writer: as of :class:`SegmentationPanel`.
-    """
+class RestorationPanel(Panel):
+    """Scans before and after, the truth and the errors, see :class:`Panel`."""
 
     tag = "restoration"
 

@@ -1,8 +1,8 @@
-"""MONAI's ``prepare_batch``: noise, masks and lower resolution for a whole batch on the device."""
+"""Noise, masks and lower resolution for a whole batch on the device: ``prepare_batch`` of MONAI's engines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,18 +12,19 @@ from torch import Tensor
 
 from .. import kspace
 from ..options import is_null
-from ..transforms.masking import MaskSampler
+from ..transforms.masking import MaskIndices
 from ..transforms.noise import NoiseSampler
 
 __all__ = ["PrepareBatchOnDevice", "PrepareDegradedBatch", "PrepareMaskedBatch"]
 
 
 class PrepareBatchOnDevice(PrepareBatch, Randomizable):
-    """What both ``prepare_batch`` of ours share: a batch's images on the device, and a generator there.
+    """Base class: the images of a batch on the device, and a generator there.
 
     Args:
-        image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor.
-        seed: of what is drawn; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+        image_key: entry of the batch, ``(B, C, *S)``. Its spacing is the batch's ``spacing`` (B, len(S)), mm, or that
+            of a MetaTensor.
+        seed: of all draws; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
     """
 
     def __init__(self, image_key: str = "image", seed: int = 0) -> None:
@@ -31,7 +32,7 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
         self.set_random_state(seed)
 
     def set_random_state(self, seed=None, state=None) -> PrepareBatchOnDevice:
-        """As of MONAI's Randomizable; the generator of the device starts anew as well."""
+        """As in MONAI's ``Randomizable``; the generator on the device starts anew, too."""
         super().set_random_state(seed, state)
         self._generator: torch.Generator | None = None
         self._device_seed = int(self.R.randint(2**31))
@@ -42,9 +43,9 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
     ) -> tuple[Tensor, Tensor, torch.Generator]:
         """Images ``(B, C, *S)``, float32, their spacing in mm ``(B, len(S))``, and the generator, all on the device."""
         image = batchdata[self.image_key]
-        spacing = kspace.spacing_of(image)
+        spacing = batchdata["spacing"] if "spacing" in batchdata else kspace.spacing_of(image)
         image = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
-        if spacing is not None and image.device.type == "cuda":
+        if spacing is not None and image.device.type == "cuda" and spacing.device.type == "cpu":
             spacing = spacing.pin_memory().to(device, non_blocking=True)  # the host does not wait for the device
         if self._generator is None or self._generator.device != image.device:
             self._generator = torch.Generator(image.device).manual_seed(self._device_seed)
@@ -52,28 +53,23 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
 
 
 class PrepareMaskedBatch(PrepareBatchOnDevice):
-    """Noise and masks for a whole batch on the device: MONAI's ``prepare_batch`` of pretraining.
-
-    The masks are drawn from the clean image, the network sees the noisy one.
+    """``prepare_batch`` of pretraining: masks drawn from the clean image, and the noisy image that the network sees.
 
     Args:
-        mask: draws the masks.
+        mask: a mask strategy, see :mod:`sspformer.transforms.masking`.
         noise: draws the noise; None, or "null" as a command line has it: the input is the clean image.
-        predict_visible: ask the network for the visible patches as well, for a loss with ``visible_weight`` above 0.
         image_key: entry of the batch, ``(B, C, *S)``, values in [0, 1]; spacing is read from it if it is a MetaTensor.
         seed: of the noise and the masks; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
     """
 
     def __init__(
         self,
-        mask: MaskSampler,
+        mask: Callable[[Tensor, Tensor, torch.Generator], MaskIndices],
         noise: NoiseSampler | None = None,
-        predict_visible: bool = False,
         image_key: str = "image",
         seed: int = 0,
     ) -> None:
         self.mask, self.noise = mask, None if is_null(noise) else noise
-        self.predict_visible = predict_visible
         super().__init__(image_key, seed)
 
     def __call__(
@@ -82,29 +78,19 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
         """The four parts that MONAI's engines take: noisy image, targets, no arguments, keyword arguments of the
         network.
 
-        The targets are ``image`` (clean), ``noisy``, ``mask`` and ``keep`` (indices), ``energy`` and ``foreground`` of
-        the patches, and ``spacing``.
+        The targets are ``image`` (clean), ``noisy``, ``mask`` and ``keep`` (indices), and ``spacing``.
         """
         image, spacing, generator = self.load(batchdata, device, non_blocking, **kwargs)
-        indices, energy, foreground = self.mask(image, spacing, generator)
+        indices = self.mask(image, spacing, generator)
         noisy = image if self.noise is None else self.noise(image, spacing, generator, self.R)
-        target = {
-            "image": image,
-            "noisy": noisy,
-            "mask": indices.mask,
-            "keep": indices.keep,
-            "energy": energy,
-            "foreground": foreground,
-            "spacing": spacing,
-        }
-        predict = torch.cat([indices.mask, indices.keep], dim=1) if self.predict_visible else indices.mask
-        return noisy, target, (), {"ids_keep": indices.keep, "ids_predict": predict}
+        target = {"image": image, "noisy": noisy, "mask": indices.mask, "keep": indices.keep, "spacing": spacing}
+        return noisy, target, (), {"ids_keep": indices.keep, "ids_predict": indices.mask}
 
 
 class PrepareDegradedBatch(PrepareBatchOnDevice):
-    """Degrades a batch of clean images on the device: MONAI's ``prepare_batch`` of the restoration tasks.
+    """``prepare_batch`` of restoration: degrades clean images.
 
-    Fourier transforms wrap around at the border of a crop, where a scan goes on. So crops come with a margin, which is
+    A Fourier transform wraps around at the border of a crop, where the scan goes on. So crops have a margin, which is
     degraded with them and then cut off.
 
     Args:
@@ -130,8 +116,8 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
     ) -> tuple[Tensor, dict[str, Tensor], tuple, dict]:
         """The four parts that MONAI's engines take: degraded image, targets ``clean`` and ``degraded``, nothing more.
 
-        All are ``(B, C, *S)`` with ``S`` less twice the margin. Of a sampler that draws factors the targets have
-        ``factor`` too, ``(B, len(S))``: they say which k-space was measured.
+        All are ``(B, C, *S)`` with ``S`` less twice the margin. Where resolution is lost, ``factor``, ``(B, len(S))``,
+        says which k-space was measured.
         """
         sides = tuple(batchdata[self.image_key].shape[2:])
         if min(sides) <= 2 * self.margin:
@@ -151,5 +137,5 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
 
     @property
     def drawn(self) -> Mapping[str, Tensor]:
-        """What the samples of the last batch were degraded by: ``sigma`` or ``factor``, as the sampler says."""
+        """The level of each sample of the last batch: the ``sigma`` or ``factor`` that the sampler drew."""
         return getattr(self.degradation, "drawn", {})

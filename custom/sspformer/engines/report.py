@@ -1,8 +1,7 @@
-"""The report of an evaluation."""
+"""The report of an evaluation: each scan's scores, and their summary over subjects."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
@@ -12,30 +11,33 @@ from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
+from monai.data import decollate_batch
 from torch import Tensor
 
-from ..metrics import _mean_of_finite, summarize
+from ..io.tables import format_table, write_csv
+from ..metrics import mean_of_finite, summarize
 
-__all__ = ["EvaluationReport"]
+__all__ = ["EvaluationReport", "names_of", "samples_of"]
 
 logger = logging.getLogger("sspformer")
 
 
 class EvaluationReport:
-    """Writes every subject's scores and their summary; for the evaluator, whose metrics keep their details.
+    """Writes the scores of each scan, and their summary over subjects; for an evaluator that keeps metric details.
 
-    - ``metrics.csv``: a row a subject; of segmentation a row for each structure of each subject, and one for the mean
-      over the structures that the true map has. A structure that is not there is left blank; one that was missed has
-      Dice 0 and an infinite Hausdorff distance. Of restoration the row says what was drawn to degrade the scan:
-      ``sigma``, or ``factor`` along each axis of the network's input (RAS).
+    - ``metrics.csv``: one row for each scan. For segmentation, one for each structure of each scan, and one for the
+      mean over the structures that the true label map has. The score of a structure that is not there is blank; one
+      that was missed has a Dice of 0 and an infinite Hausdorff distance. For restoration, the row also says what was
+      drawn to degrade the scan: ``sigma``, or ``factor`` along each axis of the network's input (RAS).
     - ``summary.csv`` and ``summary.json``: over subjects, n, mean, its 95 % confidence interval (bootstrap), standard
-      deviation, median, and how many scores are infinite, which the other columns leave out.
+      deviation, median, and how many scores are infinite. The other columns leave these out.
 
-    Of a metric and the same one ``*_of_input`` there is also the gain. Names of subjects are those of the batch.
+    Where there are a metric and the same with ``_of_input``, the gain is written, too. Scans have the names of the
+    batch.
 
     Args:
         output_dir: where the files go.
-        class_names: of the structures, without the background, where metrics have a column for each.
+        class_names: of the structures, without the background, if metrics have a column for each.
         settings: what else ``summary.json`` should say, for example the weights.
         seed: of the bootstrap.
     """
@@ -56,66 +58,44 @@ class EvaluationReport:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def reset(self, engine: Engine) -> None:
-        self.names: list[str] = []
-        self.subjects: list[str] = []
-        self.drawn: list[dict[str, Any]] = []
+        self.scans: list[dict[str, Any]] = []
 
     def collect(self, engine: Engine) -> None:
-        names = _names(engine.state.batch)
-        self.names += names
-        samples = _samples(engine.state.batch)
-        self.subjects += [str(sample.get("subject", name)) for sample, name in zip(samples, names, strict=True)]
         drawn = getattr(engine.prepare_batch, "drawn", {})
-        self.drawn += [{key: _as_cell(values[i]) for key, values in drawn.items()} for i in range(len(names))]
+        samples = samples_of(engine.state.batch)
+        for i, (sample, name) in enumerate(zip(samples, names_of(samples), strict=True)):
+            scan = {"name": name, "subject": str(sample.get("subject", name))}
+            self.scans.append({**scan, **{key: _as_cell(values[i]) for key, values in drawn.items()}})
 
     def __call__(self, engine: Engine) -> None:
         details = {name: scores.cpu().double().numpy() for name, scores in engine.state.metric_details.items()}
         for name in [name for name in details if f"{name}_of_input" in details]:
             details[f"{name}_gain"] = details[name] - details[f"{name}_of_input"]
-        n_columns = max(scores.shape[1] for scores in details.values())
-        structures = [""]
-        if n_columns > 1:
-            named = list(self.class_names or [f"label {i + 1}" for i in range(n_columns)])
-            if len(named) != n_columns:
-                raise ValueError(f"class_names has {len(named)} names, but the metrics have {n_columns} structures.")
-            structures = ["mean", *named]
-            details = {name: np.column_stack([_mean_of_finite(scores), scores]) for name, scores in details.items()}
-        key = {"structure": structures} if n_columns > 1 else {}
+        keys: list[dict[str, str]] = [{}]  # of the columns of the scores
+        if (n_structures := max(scores.shape[1] for scores in details.values())) > 1:
+            named = list(self.class_names or [f"label {i + 1}" for i in range(n_structures)])
+            if len(named) != n_structures:
+                raise ValueError(f"class_names has {len(named)} names, but the metrics have {n_structures} structures.")
+            keys = [{"structure": name} for name in ("mean", *named)]
+            details = {name: np.column_stack([mean_of_finite(scores), scores]) for name, scores in details.items()}
         rows = [
-            {
-                "name": name,
-                "subject": self.subjects[i],
-                **self.drawn[i],
-                **{column: values[j] for column, values in key.items()},
-                **{name: scores[i, j] for name, scores in details.items()},
-            }
-            for i, name in enumerate(self.names)
-            for j in range(len(structures))
+            {**scan, **key, **{name: scores[i, j] for name, scores in details.items()}}
+            for i, scan in enumerate(self.scans)
+            for j, key in enumerate(keys)
         ]
+        subjects = [scan["subject"] for scan in self.scans]
         summary = [
-            {
-                "metric": name,
-                **{column: values[j] for column, values in key.items()},
-                **summarize(scores[:, j], self.seed, self.subjects),
-            }
+            {"metric": name, **key, **summarize(scores[:, j], self.seed, subjects)}
             for name, scores in details.items()
-            for j in range(len(structures))
+            for j, key in enumerate(keys)
         ]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _write_csv(self.directory / "metrics.csv", rows)
-        _write_csv(self.directory / "summary.csv", summary)
-        counts = {"scans": len(self.names), "subjects": len(set(self.subjects))}
+        for file, table in (("metrics.csv", rows), ("summary.csv", summary)):
+            write_csv(self.directory / file, [{name: _cell(value) for name, value in row.items()} for row in table])
+        counts = {"scans": len(self.scans), "subjects": len(set(subjects))}
         content = {**self.settings, **counts, "summary": [_without_nan(row) for row in summary]}
         (self.directory / "summary.json").write_text(json.dumps(content, indent=4) + "\n")
         said = ", ".join(f"{count} {what}" for what, count in counts.items())
         logger.info(f"{said} evaluated; scores in {self.directory}\n{_table(summary)}")
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
 
 
 def _cell(value: Any) -> Any:
@@ -135,39 +115,25 @@ def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary for the log: a line a structure, or a metric where there are no structures."""
-    lines: dict[str, list[str]] = {}
-    metrics = list(dict.fromkeys(row["metric"] for row in summary))
+    """The summary for the log: a line for each structure, or for each metric if there are no structures."""
+    lines: dict[str, dict[str, str]] = {}
+    structured = "structure" in summary[0]
     for row in summary:
         text = f"{row['mean']:.4g}"
         if not np.isnan(row["ci_low"]):
             text += f" [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
         if row["infinite"]:
             text += f" ({row['infinite']} infinite)"
-        lines.setdefault(row.get("structure", row["metric"]), []).append(text)
-    if "structure" in summary[0]:
-        lines = {"": metrics, **lines}
-    first = max(map(len, lines))
-    widths = [max(map(len, cells)) for cells in zip(*lines.values())]
-    return "\n".join(
-        "  ".join([name.ljust(first), *(cell.ljust(width) for cell, width in zip(cells, widths))]).rstrip()
-        for name, cells in lines.items()
-    )
+        first = row["structure" if structured else "metric"]
+        lines.setdefault(first, {"": first})[row["metric"] if structured else "score"] = text
+    return format_table(list(lines.values()), header=structured)
 
 
-def _samples(output: Mapping | Sequence[Mapping]) -> list[Mapping]:
+def samples_of(output: Mapping | Sequence[Mapping]) -> list[Mapping]:
     """The samples of an engine's output or batch, decollated or not."""
-    if not isinstance(output, Mapping):
-        return list(output)
-    n = len(output["image"])
-    return [{key: _take(value, i) for key, value in output.items()} for i in range(n)]
+    return decollate_batch(output) if isinstance(output, Mapping) else list(output)
 
 
-def _take(value: Any, i: int) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _take(part, i) for key, part in value.items()}
-    return value[i] if isinstance(value, (Tensor, Sequence)) else value
-
-
-def _names(batch: Mapping | Sequence[Mapping]) -> list[str]:
-    return [str(sample.get("name", f"sample_{i}")) for i, sample in enumerate(_samples(batch))]
+def names_of(batch: Mapping | Sequence[Mapping]) -> list[str]:
+    """The names of the samples of a batch; ``sample_0`` and so on for those without."""
+    return [str(sample.get("name", f"sample_{i}")) for i, sample in enumerate(samples_of(batch))]

@@ -1,46 +1,42 @@
 """Files in and out: NIfTI and DICOM."""
 
-from .dicom_in import DicomStack, read_dicom, read_stack
-from .dicom_out import STRUCTURE_CODES, SaveDicomd, image_to_dicom, import_highdicom, segmentation_to_dicom
-from .errors import Unusable, by, check_size, reason_of, without_ones
-from .files import (
-    POSTFIX,
-    dicom_path,
-    digest,
-    output_path,
-    picture_path,
-    record_path,
-    replacing,
-    stats,
-    stem,
-    write_atomically,
+from .dicom_in import DicomStack, quiet_dicom, read_dicom, read_stack
+from .dicom_out import (
+    STRUCTURE_CODES,
+    SaveImageDicomd,
+    SaveSegmentationDicomd,
+    image_to_dicom,
+    import_highdicom,
+    segmentation_to_dicom,
 )
+from .errors import Unusable, by, check_size, reason_of, without_ones
+from .files import digest, output_path, replacing, stats, stem, write_atomically
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like
+from .tables import format_table, write_csv
 
 __all__ = [
     "DicomStack",
     "LoadScand",
-    "POSTFIX",
     "STRUCTURE_CODES",
-    "SaveDicomd",
+    "SaveImageDicomd",
     "SaveLikeInputd",
+    "SaveSegmentationDicomd",
     "Unusable",
     "by",
     "check_size",
-    "dicom_path",
     "digest",
     "files_of",
+    "format_table",
     "image_to_dicom",
     "import_highdicom",
     "is_series",
     "output_path",
-    "picture_path",
+    "quiet_dicom",
     "read_dicom",
     "read_nifti",
     "read_stack",
     "reason_of",
-    "record_path",
     "replacing",
     "save_like",
     "segmentation_to_dicom",
@@ -48,4 +44,5 @@ __all__ = [
     "stem",
     "without_ones",
     "write_atomically",
+    "write_csv",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,16 +16,42 @@ import pydicom
 
 from .errors import Unusable, check_size
 
-__all__ = ["DicomStack", "read_dicom", "read_stack"]
-
-for library in ("pydicom", "highdicom"):  # their warnings quote the header, such as a patient's name
-    warnings.filterwarnings("ignore", module=library)
-    logging.getLogger(library).setLevel(logging.ERROR)
-
+__all__ = ["DicomStack", "quiet_dicom", "read_dicom", "read_stack"]
 
 DICOM_UNEVEN = 0.1  # largest deviation of a slice from its place in an even stack, as a fraction of the slice distance
 
 
+class quiet_dicom(contextlib.ContextDecorator):
+    """Silences the warnings of pydicom and highdicom, which quote the header: a patient's name must reach no log.
+
+    A context manager or decorator. Several threads may be inside at a time; the last to leave restores the settings.
+    """
+
+    _libraries = ("pydicom", "highdicom")
+    _lock, _inside, _before = threading.Lock(), 0, {}
+
+    def __enter__(self) -> None:
+        cls = type(self)
+        with cls._lock:
+            if not cls._inside:
+                cls._before = {name: logging.getLogger(name).level for name in cls._libraries}
+                for name in cls._libraries:
+                    warnings.filterwarnings("ignore", module=name)
+                    logging.getLogger(name).setLevel(logging.ERROR)
+                cls._filters = warnings.filters[: len(cls._libraries)]
+            cls._inside += 1
+
+    def __exit__(self, *_) -> None:
+        cls = type(self)
+        with cls._lock:
+            cls._inside -= 1
+            if not cls._inside:
+                warnings.filters[:] = [entry for entry in warnings.filters if entry not in cls._filters]
+                for name, level in cls._before.items():
+                    logging.getLogger(name).setLevel(level)
+
+
+@quiet_dicom()
 def read_dicom(files: Sequence[str | Path], min_size: int = 2) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Reads one MR series.
 
@@ -58,6 +86,7 @@ class DicomStack(NamedTuple):
     affine: np.ndarray  # (4, 4), of (column, row, slice) to RAS mm
 
 
+@quiet_dicom()
 def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = True) -> DicomStack:
     """Reads the files of one series, and finds the order of the slices from their positions.
 

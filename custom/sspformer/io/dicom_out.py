@@ -1,7 +1,7 @@
-"""Results as DICOM beside the NIfTI: structures as a DICOM SEG, a restored scan as a derived MR series.
+"""Results as DICOM: label maps as DICOM SEG, restored scans as derived series of MR images.
 
-highdicom writes the SEG. Of MR images it has the base class alone, so what they hold besides stands here. The files
-carry the patient's identity, as they must to be filed with the scan; no message does.
+highdicom writes the SEG. For MR images it only has the base class, so this module adds their attributes. The files
+carry the patient's identity, because they must be filed with the scan. Messages do not.
 """
 
 from __future__ import annotations
@@ -26,21 +26,28 @@ from pydicom.valuerep import DA, TM, format_number_as_ds
 
 from .. import __version__
 from ..pictures import class_colors
-from .dicom_in import DicomStack, read_stack
+from .dicom_in import DicomStack, quiet_dicom, read_stack
 from .errors import Unusable
-from .files import POSTFIX, dicom_path, digest, replacing
+from .files import digest, replacing
+from .load import is_series
 
-__all__ = ["STRUCTURE_CODES", "SaveDicomd", "image_to_dicom", "import_highdicom", "segmentation_to_dicom"]
+__all__ = [
+    "STRUCTURE_CODES",
+    "SaveImageDicomd",
+    "SaveSegmentationDicomd",
+    "image_to_dicom",
+    "import_highdicom",
+    "segmentation_to_dicom",
+]
 
 logger = logging.getLogger("sspformer")
 
 PRODUCT, MODEL = "SSPFormer for MONAI", "sspformer_mri"
 
+#: coding scheme of structures without a standard code; the names of private schemes begin with 99
+PRIVATE_SCHEME = "99SSPFORMER"
 
-PRIVATE_SCHEME = "99SSPFORMER"  # of structures without a standard code; names of private schemes begin with 99
-
-
-#: keyword in pydicom's dictionary of SNOMED CT of the structures that have a code
+#: keywords in pydicom's SNOMED CT dictionary
 STRUCTURE_CODES = {
     "cortical grey matter": "CerebralGrayMatter",
     "cerebral white matter": "CerebralWhiteMatter",
@@ -61,13 +68,14 @@ STRUCTURE_CODES = {
 }
 
 
-# What results take over from the scan. All else, such as private elements, the range of the stored values and the
-# matrix of the acquisition, does not hold for the new voxels.
+# What results copy from the scan. Other elements, such as private ones, the range of the stored values and the
+# acquisition matrix, do not hold for the new voxels.
+
+#: must be there, but may be empty
 REQUIRED = """
     PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName
     PositionReferenceIndicator
-""".split()  # may be empty, but not absent
-
+""".split()
 
 IDENTITY = """
     StudyInstanceUID FrameOfReferenceUID StudyDescription IssuerOfPatientID OtherPatientIDsSequence PatientAge
@@ -77,15 +85,12 @@ IDENTITY = """
     ClinicalTrialSubjectReadingID ClinicalTrialTimePointID ClinicalTrialTimePointDescription
 """.split()
 
-
 EQUIPMENT = """
     Manufacturer ManufacturerModelName SoftwareVersions DeviceSerialNumber InstitutionName InstitutionAddress
     InstitutionalDepartmentName StationName
 """.split()
 
-
 LOSSY = "LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod".split()
-
 
 ACQUISITION = """
     AcquisitionDate AcquisitionTime AcquisitionDateTime AcquisitionNumber BodyPartExamined AnatomicRegionSequence
@@ -95,62 +100,96 @@ ACQUISITION = """
     ImagedNucleus EchoNumbers MagneticFieldStrength PixelBandwidth ReceiveCoilName
 """.split()
 
-
+#: raise an error for a value that is not valid
 VALID = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM, "PatientSex": ("", "F", "M", "O").index}
 
 
-class SaveDicomd(MapTransform):
-    """Writes predictions for DICOM series as DICOM too, see :func:`segmentation_to_dicom` and :func:`image_to_dicom`.
+class _SaveDicomd(MapTransform):
+    """Writes results for scans that came as DICOM series; skips the others."""
 
-    Items without ``files``, whose input was no DICOM series, are left alone.
+    def __init__(self, keys: KeysCollection, output_dir: str | Path, postfix: str) -> None:
+        super().__init__(keys)
+        import_highdicom()
+        self.output_dir, self.postfix = Path(output_dir), postfix
+        self._explained = False
+
+    def path_of(self, item: Mapping[Hashable, Any]) -> Path | None:
+        """Path of what is written for an item of :func:`sspformer.data.find_inputs`, or None."""
+        return self._path(item["name"]) if is_series(item["image"]) else None
+
+    def _path(self, name: str) -> Path:
+        raise NotImplementedError
+
+    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+        raise NotImplementedError
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(data):
+            if data.get("files"):
+                try:
+                    self._write(data[key], data["files"], data["name"])
+                except Exception as error:  # its message may quote the header
+                    reason = str(error) if isinstance(error, Unusable) else getattr(error, "strerror", None)
+                    raise ValueError(
+                        f"no DICOM of {data['name']}, only its NIfTI: {reason or type(error).__name__}"
+                    ) from error
+            elif not self._explained:
+                logger.info("dicom: inputs that are no DICOM series get a NIfTI alone")
+                self._explained = True
+        return dict(data)
+
+
+class SaveSegmentationDicomd(_SaveDicomd):
+    """Writes label maps of DICOM series as DICOM SEG, see :func:`segmentation_to_dicom`.
 
     Args:
-        keys: prediction as it was written, one key: ``(1, X, Y, Z)`` on the file's own axes, with affine to RAS mm.
-        output_dir: gets ``<name>_seg.dcm``, or the folder ``<name>_denoised`` or ``<name>_sr``.
-        task: "segmentation", "denoising" or "super_resolution".
-        class_names: of the structures without the background. None, or names that are not as many as the network's
-            classes: they are numbered.
+        keys: label map on the file's grid, one key: ``(1, X, Y, Z)`` with the names of its structures in its metadata,
+            as :class:`sspformer.transforms.InvertArgmaxd` leaves it.
+        output_dir: gets ``<name>_<postfix>.dcm``.
+        postfix: of the result.
 
     Raises:
         ImportError: if highdicom is missing, with what to install.
     """
 
-    def __init__(
-        self, keys: KeysCollection, output_dir: str | Path, task: str, class_names: Sequence[str] | None = None
-    ) -> None:
-        super().__init__(keys)
-        import_highdicom()
-        self.output_dir, self.task, self.class_names, self.told = output_dir, task, class_names, False
+    def _path(self, name: str) -> Path:
+        return self.output_dir / f"{name}_{self.postfix}.dcm"
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        for key in self.key_iterator(data):
-            if data.get("files"):
-                self.save(data[key], data["files"], data["name"])
-            elif not self.told:
-                logger.info("dicom: inputs that are no DICOM series get a NIfTI alone")
-                self.told = True
-        return dict(data)
+    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+        labels = pred.detach().cpu().numpy()[0]
+        segmentation_to_dicom(labels, files, self._path(name), pred.meta["class_names"])
+        if not labels.any():
+            logger.warning(f"{name}: no structure was found, the segments of its DICOM SEG are empty")
 
-    def save(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
-        """Writes one result. Raises ``ValueError`` with a reason that quotes nothing of the header."""
-        path, voxels = dicom_path(name, self.output_dir, POSTFIX[self.task]), pred.detach().cpu().numpy()[0]
-        try:
-            if self.task == "segmentation":
-                n_structures = int(pred.meta["n_classes"]) - 1
-                named = len(self.class_names or ()) == n_structures
-                names = self.class_names if named else [f"structure {i + 1}" for i in range(n_structures)]
-                segmentation_to_dicom(voxels, files, path, names)
-                if not voxels.any():
-                    logger.warning(f"{name}: no structure was found, the segments of its DICOM SEG are empty")
-            else:
-                image_to_dicom(voxels, np.asarray(pred.affine.cpu()), files, path, self.task)
-        except Exception as error:
-            reason = str(error) if isinstance(error, Unusable) else getattr(error, "strerror", None)
-            raise ValueError(f"no DICOM of {name}, only its NIfTI: {reason or type(error).__name__}") from error
+
+class SaveImageDicomd(_SaveDicomd):
+    """Writes restored scans of DICOM series as new series of MR images, see :func:`image_to_dicom`.
+
+    Args:
+        keys: restored scan, one key: ``(1, X, Y, Z)`` on the file's axes, with affine to RAS mm.
+        output_dir: gets the folder ``<name>_<postfix>``.
+        postfix: of the result, also at the end of the series description.
+        method: as of :func:`image_to_dicom`.
+        number: as of :func:`image_to_dicom`.
+
+    Raises:
+        ImportError: if highdicom is missing, with what to install.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str | Path, postfix: str, method: str, number: int) -> None:
+        super().__init__(keys, output_dir, postfix)
+        self.method, self.number = method, number
+
+    def _path(self, name: str) -> Path:
+        return self.output_dir / f"{name}_{self.postfix}"
+
+    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+        voxels, affine = pred.detach().cpu().numpy()[0], np.asarray(pred.affine.cpu())
+        image_to_dicom(voxels, affine, files, self._path(name), self.method, self.postfix, self.number)
 
 
 def import_highdicom():
-    """The module; raises ``ImportError`` with what to install."""
+    """Import highdicom, or raise an ``ImportError`` that says what to install."""
     try:
         import highdicom
 
@@ -164,13 +203,14 @@ def import_highdicom():
     return highdicom
 
 
+@quiet_dicom()
 def segmentation_to_dicom(
     labels: np.ndarray, files: Sequence[str | Path], path: str | Path, names: Sequence[str]
 ) -> None:
-    """Write a label map as a DICOM SEG in the scan's study: a binary segment for each name.
+    """Write a label map as a DICOM SEG in the scan's study, with a binary segment for each name.
 
-    A frame holds one structure in one slice and refers to the image of that slice; empty ones are left out. Of a map
-    without any structure one slice is written, empty in all segments, for a SEG without frames is not allowed.
+    Each frame shows one structure in one slice, and refers to the image of that slice. Empty frames are left out. A SEG
+    must have frames, so an empty label map becomes one slice that is empty in all segments.
 
     Args:
         labels: ``(X, Y, Z)`` uint8, 0 for background, on the grid of :func:`sspformer.io.read_dicom`.
@@ -215,29 +255,38 @@ def segmentation_to_dicom(
         instance_number=1,
         content_label="SEGMENTATION",
         content_creator_name="",  # no person, but the attribute must be there
-        **_new_series(first, "segmentation"),
+        **_new_series(first, "seg", 1),
     )
     with replacing(path) as part:
         segmentation.save_as(part)
 
 
+@quiet_dicom()
 def image_to_dicom(
-    voxels: np.ndarray, affine: np.ndarray, files: Sequence[str | Path], folder: str | Path, task: str
+    voxels: np.ndarray,
+    affine: np.ndarray,
+    files: Sequence[str | Path],
+    folder: str | Path,
+    method: str,
+    label: str,
+    number: int,
 ) -> None:
-    """Write a restored scan as a new series of MR images in the scan's study, a file for each slice.
+    """Write a restored scan as a new series of MR images in the scan's study, one file for each slice.
 
-    Values are rounded to the steps in which the scan's own are stored (its rescale slope), so that those that were not
-    changed come back exactly; if its slices differ in that, or 16 bits cannot hold them, to 65535 steps.
+    Values are rounded to multiples of the scan's rescale slope, so unchanged voxels keep their values exactly. If the
+    slope differs between slices, or 16 bits cannot hold the result, its range is divided into 65535 steps.
 
     Args:
         voxels: ``(X, Y, Z)`` float32, X along the rows of an image.
         affine: to RAS mm, ``(4, 4)``.
         files: of the series, classic or enhanced, in any order.
-        folder: gets ``001.dcm``, ...; that of a run before is replaced.
-        task: "denoising" or "super_resolution".
+        folder: gets ``001.dcm``, ...; replaces the images of an earlier run.
+        method: name of what was done, such as "denoising", for the derivation description.
+        label: goes in brackets at the end of the series description.
+        number: series number less 100 times that of the scan; 1 is the segmentation's.
 
     Raises:
-        Unusable: if the files are no series that a result can refer to, or the folder holds something else.
+        Unusable: if a result cannot refer to the files, or the folder holds other files.
     """
     hd = import_highdicom()
     stack, frames, first = _read_sources(files)
@@ -249,15 +298,16 @@ def image_to_dicom(
     to_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(to_lps[:3, :3], axis=0)
     axes = to_lps[:3, :2] / spacing[:2]
-    spacing = spacing.round(7)  # the digits of ImageOrientationPatient give no more
+    spacing = spacing.round(7)  # ImageOrientationPatient has no more digits
     distance, distance_before = _slice_distance(affine), _slice_distance(stack.affine)
     thickness = frames[0]["thickness"] or distance_before
-    made_by = f"{PRODUCT} {__version__}, {task.replace('_', '-')} by a neural network. Research only."
-    series = _new_series(first, task)
+    made_by = f"{PRODUCT} {__version__}, {method} by a neural network. Research only."
+    series = _new_series(first, label, number)
+    resampled = voxels.shape != (int(first.Columns), int(first.Rows), len(frames))
 
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir())):
-        raise Unusable(f"{folder} holds files that are none of its images, and is not replaced: move it away")
+        raise Unusable(f"{folder} holds files that are not images of ours, and is not replaced: move it away")
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -278,7 +328,7 @@ def image_to_dicom(
         ds.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
         ds.BurnedInAnnotation = "NO"
         ds.DerivationDescription = made_by
-        if task == "super_resolution":  # for denoising there is no standard code
+        if resampled:  # the standard has no code for denoising
             ds.DerivationCodeSequence = [hd.sr.CodedConcept.from_code(codes.DCM.SpatialResampling)]
         ds.SourceImageSequence = [_reference(source, frame["number"], "SourceImageForImageProcessingOperation")]
         references = Dataset()
@@ -304,7 +354,7 @@ def image_to_dicom(
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is an image that this module wrote, or a hidden one of the file system's."""
+    """Whether this module wrote the file, or it is a hidden file of the file system."""
     if path.name.startswith("."):
         return True
     try:
@@ -314,8 +364,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def _read_sources(files: Sequence[str | Path]) -> tuple[DicomStack, list[dict], Dataset]:
-    """The headers of a series that results are to refer to, its frames in the order of the stack, and the header of the
-    first; raises `Unusable` if one lacks an identifier."""
+    """Headers of the series, its frames in the order of the stack, and the header of the first frame.
+
+    Raises `Unusable` if a header lacks an identifier that results refer to.
+    """
     stack = read_stack(files, pixels=False)
     frame_of_reference = generate_uid()  # of a series that has none
     for ds in stack.datasets:
@@ -328,7 +380,7 @@ def _read_sources(files: Sequence[str | Path]) -> tuple[DicomStack, list[dict], 
 
 
 def _header(ds: Dataset, number: int, keywords: Sequence[str]) -> Dataset:
-    """The elements of these keywords that hold something valid, those of an enhanced file also from its frame."""
+    """Elements with these keywords and valid values; in an enhanced file, also from the groups of the frame."""
     holders = [ds]
     if frames := ds.get("PerFrameFunctionalGroupsSequence"):
         for groups in (frames[number - 1], *(ds.get("SharedFunctionalGroupsSequence") or ())):
@@ -339,7 +391,7 @@ def _header(ds: Dataset, number: int, keywords: Sequence[str]) -> Dataset:
             element = next(holder[keyword] for holder in holders if keyword in holder)
             VALID.get(keyword, str)(element.value or "")
             header.add(element)
-        except Exception:  # absent, or not what its type demands, in one of pydicom's many ways to say so
+        except Exception:  # absent or not valid; pydicom raises many types
             continue
     for keyword in REQUIRED:
         if keyword not in header:
@@ -348,7 +400,7 @@ def _header(ds: Dataset, number: int, keywords: Sequence[str]) -> Dataset:
 
 
 def _mr_header(ds: Dataset, number: int) -> Dataset:
-    """What a classic MR image made of a frame takes over."""
+    """What a classic MR image copies from a frame."""
     header = _header(ds, number, [*REQUIRED, *IDENTITY, *LOSSY, *ACQUISITION])
     enhanced = _header(ds, number, ["EffectiveEchoTime", "EchoPulseSequence", "FrameLaterality"])
     known = {
@@ -364,19 +416,19 @@ def _mr_header(ds: Dataset, number: int) -> Dataset:
     if side := enhanced.get("FrameLaterality"):
         known["ImageLaterality"] = side
     elif "BodyPartExamined" not in header:
-        known["Laterality"] = None  # of a part that may be a paired one it must be there
-    for keyword, value in known.items():  # all of them must be there
+        known["Laterality"] = None  # required unless the body part is known not to be a paired one
+    for keyword, value in known.items():  # all are required
         if keyword not in header:
             setattr(header, keyword, value)
     if "IR" not in header.ScanningSequence and "InversionTime" in header:
-        del header.InversionTime  # allowed with inversion recovery alone
+        del header.InversionTime  # only allowed with inversion recovery
     return header
 
 
 def _seg_source(stack: DicomStack, file: int) -> Dataset:
-    """A file as highdicom needs it for the reference: identity, and the geometry that the whole series was read with.
+    """A header for highdicom to refer to: the file's identity, and the geometry that the series was read with.
 
-    The files themselves may keep it where highdicom does not look, differ in the last digits or state another distance.
+    Files may keep their geometry elsewhere, differ in the last digits, or state another slice distance.
     """
     ds = stack.datasets[file]
     header = _header(ds, 1, [*REQUIRED, *IDENTITY, *EQUIPMENT, *LOSSY])
@@ -406,18 +458,18 @@ def _seg_source(stack: DicomStack, file: int) -> Dataset:
     return header
 
 
-def _new_series(source: Dataset, task: str) -> dict[str, Any]:
-    """Arguments of highdicom's classes that all instances of a new series share; text is UTF-8."""
+def _new_series(source: Dataset, label: str, number: int) -> dict[str, Any]:
+    """Arguments that highdicom's classes share for all instances of a new series; text is UTF-8."""
     now = datetime.datetime.now()
-    number, end = int(source.get("SeriesNumber") or 0), f" ({POSTFIX[task]})"
+    end = f" ({label})"
     return {
         "series_instance_uid": generate_uid(),
-        "series_number": abs(number) % 10**7 * 100 + 1 + list(POSTFIX).index(task),
+        "series_number": abs(int(source.get("SeriesNumber") or 0)) % 10**7 * 100 + number,
         "series_description": f"{source.get('SeriesDescription') or 'MR'}"[: 64 - len(end)] + end,
         "manufacturer": PRODUCT,
         "manufacturer_model_name": MODEL,
         "software_versions": __version__,
-        "device_serial_number": __version__,  # must be there
+        "device_serial_number": __version__,  # required
         **{f"{what}_date": now.date() for what in ("content", "series")},
         **{f"{what}_time": now.time() for what in ("content", "series")},
         "specific_character_set": "ISO_IR 192",
@@ -432,7 +484,7 @@ def _codes_of(name: str) -> tuple[Code, Code]:
 
 
 def _reference(ds: Dataset, number: int | None = None, purpose: str | None = None) -> Dataset:
-    """Reference to an instance, or to one frame of an enhanced one, perhaps with its purpose (keyword of a code)."""
+    """Reference to an instance, or to a frame of an enhanced one; ``purpose`` is the keyword of a code."""
     item = Dataset()
     item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
     if number and "PerFrameFunctionalGroupsSequence" in ds:
@@ -444,7 +496,7 @@ def _reference(ds: Dataset, number: int | None = None, purpose: str | None = Non
 
 
 def _acquisition_equipment(ds: Dataset) -> Dataset | None:
-    """The scanner, whose place in the header is now ours."""
+    """The scanner; the elements in the header itself now name our software."""
     item = _header(ds, 1, EQUIPMENT)
     for keyword in REQUIRED:
         delattr(item, keyword)
@@ -456,11 +508,11 @@ def _acquisition_equipment(ds: Dataset) -> Dataset | None:
 
 
 def _quantized(voxels: np.ndarray, rescalings: set[tuple[float, float]]) -> tuple[np.ndarray, float, float]:
-    """Stored values (slices, rows, columns) uint16 or int16, rescale slope and intercept.
+    """Stored values ``(slices, rows, columns)``, uint16 or int16, with their rescale slope and intercept.
 
     Args:
         voxels: ``(columns, rows, slices)``.
-        rescalings: slope and intercept of the images before; kept if all have the same and the values fit.
+        rescalings: slopes and intercepts of the scan's images; kept if there is one pair and the values fit.
     """
     slope, intercept = next(iter(rescalings)) if len(rescalings) == 1 else (0.0, 0.0)
     ends = np.array([voxels.min(), voxels.max()], dtype=np.float64)
@@ -478,11 +530,11 @@ def _quantized(voxels: np.ndarray, rescalings: set[tuple[float, float]]) -> tupl
 
 
 def _slice_distance(affine: np.ndarray) -> float:
-    """mm between neighbouring slices, along their normal."""
+    """Distance of neighbouring slices along their normal, in mm."""
     normal = np.cross(affine[:3, 0], affine[:3, 1])
     return round(float(abs(affine[:3, 2] @ normal) / np.linalg.norm(normal)), 7)
 
 
 def decimal_strings(numbers: Sequence[float]) -> list[str]:
-    """As DICOM's decimal strings, of 16 characters at most."""
+    """DICOM decimal strings, at most 16 characters each."""
     return [format_number_as_ds(float(number)) for number in numbers]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and how outputs are named."""
+"""Names and versions of files, and writing them atomically."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 __all__ = [
-    "POSTFIX",
-    "dicom_path",
     "digest",
     "output_path",
-    "picture_path",
-    "record_path",
     "replacing",
     "stats",
     "stem",
@@ -24,25 +20,23 @@ __all__ = [
 
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, size in bytes and time of the last change in ns of each file."""
+    """Path, size in bytes and modification time in ns of each file."""
     return [(str(f), s.st_size, s.st_mtime_ns) for f, s in ((f, f.stat()) for f in files)]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file, which several processes of one run may do at the same time."""
+    """Writes a text file; several processes may do so at the same time."""
     with replacing(path, shared=True) as part:
         part.write_text(text, encoding="utf-8", newline="")
 
 
 def digest(text: object) -> str:
-    """A hash that stands for an identifier; empty for an empty one."""
+    """A hash in place of an identifier; empty for an empty one."""
     text = str(text or "").strip()
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
 
 
 NIFTI_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.I)
-
-
 NIFTI_NAME = re.compile(r"\.nii(\.gz)?$", re.I)
 
 
@@ -53,12 +47,11 @@ def stem(name: str) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
-    """A path beside the file to write to, which then takes the file's place: a kill leaves the old file or the new one,
-    never half of one. The folder is made.
+    """A temporary path to write to, which then replaces the file: a kill leaves the old file or the new one.
 
     Args:
-        path: of the file.
-        shared: several processes may write it at the same time. Else what a killed one left is written over.
+        path: of the file; its folder is created.
+        shared: several processes may write it at the same time, each to a temporary path of its own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,25 +63,6 @@ def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-#: what each task appends to the name of a scan
-POSTFIX = {"segmentation": "seg", "denoising": "denoised", "super_resolution": "sr"}
-
-
 def output_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where the prediction for the item of this name goes."""
+    """Path of the NIfTI result of the scan with this name."""
     return Path(output_dir) / f"{name}_{postfix}.nii.gz"
-
-
-def picture_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where the picture of that prediction goes."""
-    return Path(output_dir) / "pictures" / f"{name}_{postfix}.png"
-
-
-def dicom_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where that prediction goes as DICOM: a file for a segmentation, a folder of slices for an image."""
-    return Path(output_dir) / f"{name}_{postfix}{'.dcm' if postfix == POSTFIX['segmentation'] else ''}"
-
-
-def record_path(name: str, output_dir: str | Path, postfix: str) -> Path:
-    """Where it is written what that prediction was made from, see :func:`unfinished`."""
-    return Path(output_dir) / f"{name}_{postfix}.json"

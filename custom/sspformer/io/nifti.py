@@ -1,4 +1,4 @@
-"""NIfTI in and out."""
+"""Reading and writing NIfTI."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SaveLikeInputd", "read_nifti", "save_like"]
 
 
 def read_nifti(path: str | Path, volume: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a NIfTI file, or one volume of a 4D one: voxels (X, Y, Z) float32 and the affine (4, 4) to RAS mm."""
+    """Voxels ``(X, Y, Z)``, float32, of a NIfTI file or of one volume of a 4D file, and the affine to RAS mm."""
     image = nib.load(path)
     shape = without_ones(image.shape)
     if len(shape) != (3 if volume is None else 4):
@@ -34,14 +34,14 @@ def read_nifti(path: str | Path, volume: int | None = None) -> tuple[np.ndarray,
 class SaveLikeInputd(SaveImaged):
     """Writes predictions as NIfTI with the conventions of the file that was read, see :func:`save_like`.
 
-    MONAI's ``SaveImaged`` is what MONAI Label looks for and leaves out; its own writer makes a new header, does not
-    round, names a DICOM series after its first slice, and leaves half a file when it is killed.
+    It is a ``SaveImaged`` because MONAI Label leaves those out. MONAI's own makes a new header, does not round, names a
+    DICOM series after its first slice, and leaves half a file when it is killed.
 
     Args:
         keys: predictions ``(1, X, Y, Z)``, MetaTensors with ``filename_or_obj`` of the file that was read.
-        output_dir: gets ``<name>_<output_postfix>.nii.gz``, with the item's own ``name``.
+        output_dir: gets ``<name>_<output_postfix>.nii.gz``; the name is the item's.
         output_postfix: see above.
-        rounded: False: images are float32 whatever type the file has.
+        rounded: False: images are float32, whatever the type of the file.
     """
 
     def __init__(
@@ -50,20 +50,24 @@ class SaveLikeInputd(SaveImaged):
         super().__init__(keys, output_dir=output_dir, output_postfix=output_postfix)
         self.output_dir, self.output_postfix, self.rounded = output_dir, output_postfix, rounded
 
+    def path_of(self, item: Mapping[Hashable, Any]) -> Path:
+        """Path of the file that is written for an item."""
+        return output_path(item["name"], self.output_dir, self.output_postfix)
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            save_like(d[key], output_path(d["name"], self.output_dir, self.output_postfix), self.rounded)
+            save_like(d[key], self.path_of(d), self.rounded)
         return d
 
 
 def save_like(volume: MetaTensor, path: str | Path, rounded: bool = True) -> None:
-    """Write a volume as NIfTI beside its final name, then rename it: a kill leaves no half file.
+    """Write a volume as NIfTI, atomically, with the space and type of the file that was read (``filename_or_obj``).
 
-    On the grid of the file that was read (``filename_or_obj``), its affine is kept bit by bit, with qform, sform and
-    their codes; on another grid, both are brought to it. From DICOM, qform and sform say scanner coordinates. A label
-    map (integers) is written as it is; an image takes the file's type if that is integer without a scale factor, and
-    is rounded and clipped to it; else it is float32.
+    - Space: on the file's grid, the affine is kept bit by bit, with qform, sform and their codes. On another grid, both
+      are adapted to it. Volumes from DICOM are in scanner coordinates.
+    - Type: a label map (integers) is written as it is. An image is rounded and clipped to the type of the file if that
+      is an integer type without a scale factor, and is float32 otherwise.
 
     Args:
         volume: ``(1, X, Y, Z)`` with affine to RAS mm.
@@ -84,10 +88,10 @@ def save_like(volume: MetaTensor, path: str | Path, rounded: bool = True) -> Non
             voxels = _rounded(voxels, stored)
         image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
         header = image_class.header_class.from_header(header)
-        header.extensions.clear()  # they may hold a whole DICOM header, with the patient's name
-        header["cal_min"] = header["cal_max"] = 0  # display range of the input's intensities
+        header.extensions.clear()  # may hold a whole DICOM header, with the patient's name
+        header["cal_min"] = header["cal_max"] = 0  # the display range does not hold for the result
         header.set_data_dtype(voxels.dtype)
-        step = np.linalg.solve(of_source.affine, affine)  # voxels of the new grid to those of the file
+        step = np.linalg.solve(of_source.affine, affine)  # from voxels of the new grid to voxels of the file
         if voxels.shape == of_source.shape[:3] and np.allclose(step, np.eye(4), atol=1e-4):
             image = image_class(voxels, of_source.affine, header)
         else:

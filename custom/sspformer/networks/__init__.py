@@ -1,7 +1,7 @@
-"""Networks: the SSPFormer encoder, the masked autoencoder that pretrains it, and the dense network of the tasks."""
+"""Networks: encoders, the masked autoencoder that pretrains them, and the networks of the tasks."""
 
 from .dense import SSPFormerDense
-from .encoder import SIZES, SSPFormerEncoder
+from .encoder import SIZES, Encoder, SSPFormerEncoder, resize_patch_embedding
 from .layers import (
     Attention,
     Block,
@@ -14,21 +14,26 @@ from .layers import (
     unpatchify,
 )
 from .masked_autoencoder import MaskedAutoencoder
-from .pretrained import load_pretrained, resize_patch_embedding
+from .pretrained import load_pretrained, load_weights, read_weights
+from .restorer import SSPFormerRestorer
 
 __all__ = [
     "Attention",
     "Block",
+    "Encoder",
     "InstanceNorm",
     "MaskedAutoencoder",
     "RotaryPosition",
     "SIZES",
     "SSPFormerDense",
     "SSPFormerEncoder",
+    "SSPFormerRestorer",
     "gather_tokens",
     "load_pretrained",
+    "load_weights",
     "pad_to_patches",
     "patchify",
+    "read_weights",
     "resize_patch_embedding",
     "token_grid",
     "unpatchify",

@@ -1,20 +1,19 @@
-"""Layers of the transformer: patches, axial rotary position encoding, attention and blocks.
+"""Layers: patches, axial rotary positions, attention and transformer blocks, convolutions.
 
-MONAI's own ``TransformerBlock`` fixes the image size in its position embedding and computes attention weights
-explicitly unless asked otherwise; these take any token grid and go through ``scaled_dot_product_attention``, which
-picks the fastest kernel of the device.
+MONAI's ``ViT`` fixes the image size in its position embedding, and its attention is explicit unless asked otherwise.
+These blocks take any token grid and use ``scaled_dot_product_attention``, the fastest kernel of each device.
 
-The forward passes keep to what ``torch.jit.script`` and ``torch.export`` can follow for any image size: sizes are
-``list[int]``, and no branch or constant depends on the sides of one image.
+``torch.jit.script`` and ``torch.export`` can follow every forward pass for any image size: sizes are ``list[int]``, and
+no branch or constant depends on the sides of one image.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import Norm
 from torch import Tensor, nn
 
 __all__ = [
@@ -22,10 +21,14 @@ __all__ = [
     "Block",
     "InstanceNorm",
     "RotaryPosition",
+    "convolution",
+    "crop_to",
+    "fold",
     "gather_tokens",
     "pad_to_patches",
     "patchify",
     "token_grid",
+    "unfold",
     "unpatchify",
 ]
 
@@ -60,6 +63,31 @@ def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) 
     split = patches.reshape(b, *grid, -1, *patch_size)  # B g0 g1 ... C p0 p1 ...
     order = [0, n + 1, *[i for axis in range(n) for i in (1 + axis, n + 2 + axis)]]
     return split.permute(order).reshape(b, -1, *[g * p for g, p in zip(grid, patch_size)])
+
+
+def crop_to(image: Tensor, size: list[int]) -> Tensor:
+    """The first ``size`` voxels of ``(B, C, *S)``: what is left once the padding of :func:`pad_to_patches` is gone."""
+    for axis, side in enumerate(size, start=2):
+        image = image.narrow(axis, 0, side)
+    return image
+
+
+def fold(image: Tensor, factor: list[int]) -> Tensor:
+    """Space to depth, ``(B, C, *S)`` to ``(B, C * prod(factor), *(S / factor))``; sides are multiples of the factor."""
+    for i in range(len(factor)):
+        if factor[i] > 1:
+            places = [image.shape[2 + i] // factor[i], factor[i]]
+            image = image.unflatten(2 + i, places).movedim(3 + i, 2).flatten(1, 2)
+    return image
+
+
+def unfold(image: Tensor, factor: list[int]) -> Tensor:
+    """Inverse of :func:`fold`."""
+    for i in range(len(factor) - 1, -1, -1):
+        if factor[i] > 1:
+            channels = [image.shape[1] // factor[i], factor[i]]
+            image = image.unflatten(1, channels).movedim(2, 3 + i).flatten(2 + i, 3 + i)
+    return image
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -111,7 +139,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; self-attention, or cross-attention when ``context`` is given.
+    """Multi-head attention with rotary positions: self-attention, or cross-attention to a ``context``.
 
     Args:
         dim: channels of the tokens, a multiple of ``num_heads``.
@@ -171,18 +199,34 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class InstanceNorm(nn.Module):
-    """PyTorch's affine instance norm ``(B, C, *S)``, ``("exportable_instance", {...})`` to MONAI's blocks.
+def convolution(
+    spatial_dims: int, in_channels: int, out_channels: int, stride: Sequence[int] | int = 1, norm: bool = False
+) -> nn.Sequential:
+    """A convolution of 3 voxels, an :class:`InstanceNorm` if asked for, leaky ReLU; ``(B, C, *S)`` in and out.
 
-    In an ONNX export the means are taken axis by axis: onnxruntime's own operator adds up all voxels of a channel in
-    one float32 on the CPU, and logits come out 1e-3 off for a window of 64 x 64 x 64.
+    Tensors have the names of MONAI's ``Convolution`` block. That takes norms from a global registry, so ours would have
+    to be entered there.
+    """
+    convolve = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
+    layers = OrderedDict(conv=convolve(in_channels, out_channels, 3, stride, padding=1, bias=not norm))
+    after = OrderedDict(N=InstanceNorm(out_channels)) if norm else OrderedDict()
+    layers["adn"] = nn.Sequential(OrderedDict(**after, A=nn.LeakyReLU()))
+    return nn.Sequential(layers)
+
+
+class InstanceNorm(nn.Module):
+    """PyTorch's affine instance norm ``(B, C, *S)`` in a form that survives the export to ONNX.
+
+    There the means are taken axis by axis: onnxruntime's own operator adds up all voxels of a channel in one float32 on
+    the CPU, which puts logits of a window of 64 x 64 x 64 off by 1e-3.
 
     Args:
         num_features: channels.
-        eps: added to the variance.
+        eps: added to the variance. Larger than usual, or the noise of a window full of air would be blown up to look
+            like anatomy.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-3) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features))
@@ -204,6 +248,3 @@ class InstanceNorm(nn.Module):
         x = x - mean(x)
         weight, bias = (value.unflatten(0, (-1, *[1] * (x.ndim - 2))) for value in (self.weight, self.bias))
         return x * (mean(x.square()) + self.eps).rsqrt() * weight + bias
-
-
-Norm.add_factory_class("exportable_instance", InstanceNorm)

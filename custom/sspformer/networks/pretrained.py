@@ -1,143 +1,40 @@
-"""Pretrained weights into any of the networks, with a table of what was loaded, resized and skipped, and why."""
+"""The one reader of weights: pretrained ones into any network, and a network's own, which must fit exactly."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import SIZES, SSPFormerEncoder
-
-__all__ = ["load_pretrained", "resize_patch_embedding"]
+__all__ = ["load_pretrained", "load_weights", "read_weights"]
 
 logger = logging.getLogger("sspformer")
 
-EMBEDDING = "encoder.patch_embedding.weight"
-
-
-LAYOUT = "encoder.layout"  # heads, channels, patch
-
-
 #: parts of a tensor's name that come from wrappers: DistributedDataParallel and torch.compile
 WRAPPERS = ("module", "_orig_mod")
-
 
 #: where checkpoints keep the weights: ours, Lightning's and many others'
 PLACES = ("network", "state_dict", "model")
 
 
-def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
-    """Load pretrained weights into a network, and log a table of what was loaded, resized and skipped, and why.
-
-    The whole encoder is loaded, or the call raises and changes nothing. Decoder and head are loaded where the file has
-    tensors of the same name and shape (a model of another task), and stay as initialised elsewhere. Another patch size
-    or number of channels is met by :func:`resize_patch_embedding`; the image size never matters, positions are rotary.
+def read_weights(path: str | Path, fix: str) -> dict[str, Tensor]:
+    """Tensors of a file, by their names without those of wrappers.
 
     Args:
-        network: an :class:`SSPFormerEncoder`, or a network with one as ``.encoder``; changed in place.
-        path: ``encoder.pt``, a whole model or a checkpoint (with it as ``"network"``, ``"state_dict"`` or ``"model"``),
-            of any floating point type, whatever comes before the encoder's names (``model.encoder.``, ``backbone.``);
-            read with ``weights_only``. None loads nothing: training from scratch.
-
-    Returns:
-        ``network``.
+        path: a state dict, or a checkpoint with it as ``"network"``, ``"state_dict"`` or ``"model"``; read with
+            ``weights_only``.
+        fix: what to do if there is no such file.
 
     Raises:
         FileNotFoundError: if there is no file at ``path``.
-        ValueError: if the file is damaged, holds pickled code, weights that are not finite or no SSPFormer encoder, or
-            one whose width, depth or patch ``network`` cannot take; each message names the fix.
+        ValueError: if the file is damaged, holds pickled code or no state dict.
     """
-    encoder = network if isinstance(network, SSPFormerEncoder) else getattr(network, "encoder", None)
-    if not isinstance(encoder, SSPFormerEncoder):
-        raise ValueError(
-            "network must be an SSPFormerEncoder or have one as .encoder (SSPFormerDense, MaskedAutoencoder), got "
-            f"{type(network).__name__}."
-        )
-    if path is None:
-        logger.info("pretrained weights: none, training starts from scratch")
-        return network
-
-    source = read_weights(path)
-    own = network.state_dict(prefix="encoder." if network is encoder else "")  # shares its memory with the network
-    check_encoder(source, own, path)
-    pretraining_only = "mask_token" in source and "mask_token" not in own
-    rows = []
-    for name, value in source.items():
-        what, why = "loaded", ""
-        if name == EMBEDDING:
-            (_, *shape), (_, *wanted) = source[LAYOUT].int().tolist(), own[LAYOUT].tolist()
-            if shape != wanted:
-                value = resize_patch_embedding(value, shape, wanted)
-                what, why = "resized", f"{as_text(shape)} in the file, {as_text(wanted)} here"
-        elif name == LAYOUT:
-            value = own[LAYOUT]
-        elif pretraining_only and not name.startswith("encoder."):
-            what, why = "skipped", "decoder of the masked autoencoder, for pretraining only"
-        elif name not in own:
-            what, why = "skipped", "the network has no such tensor"
-        elif value.shape != own[name].shape:
-            what, why = "skipped", f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here"
-        rows.append((name, value, what, why))
-
-    loaded = {name: value for name, value, what, _ in rows if what != "skipped"}
-    if broken := [name for name, value in loaded.items() if not value.isfinite().all()]:
-        raise ValueError(
-            f"{path} has NaN or infinite weights in {len(broken)} of its tensors, such as {broken[0]}: its training "
-            "diverged, so take weights of before, or train again with a lower learning rate."
-        )
-    for name, value in loaded.items():
-        own[name].copy_(value)  # and converts half precision
-    rows += [(name, value, "not loaded", "stays as initialised") for name, value in own.items() if name not in loaded]
-    n_encoder = sum(name.startswith("encoder.") for name in loaded)
-    logger.info(f"pretrained weights: all {n_encoder} tensors of the encoder, from {path}\n{table(rows)}")
-    return network
-
-
-def resize_patch_embedding(weight: Tensor, shape: Sequence[int], new_shape: Sequence[int]) -> Tensor:
-    """Patch embedding for patches of another size or number of channels.
-
-    Size: the token of a patch is the one that ``weight`` gives once the patch is resized (linear, antialiased) to the
-    size it was made for. FlexiViT (Beyer et al., arXiv 2212.08013), whose idea it is, inverts the opposite resize
-    instead, which keeps less of the token of a smooth image when patches shrink.
-    Channels: 1 to n repeats the weights and divides them by n, n to 1 sums them, so that an image repeated in n
-    channels gives the token of the one.
-
-    Args:
-        weight: ``(dim, channels * prod(patch))``, in the order of :func:`sspformer.networks.patchify`.
-        shape: ``(channels, *patch)`` of ``weight``.
-        new_shape: ``(channels, *patch)`` wanted.
-
-    Raises:
-        ValueError: if the numbers of channels differ, and neither is 1.
-    """
-    channels, new_channels = shape[0], new_shape[0]
-    if channels != new_channels and 1 not in (channels, new_channels):
-        raise ValueError(
-            f"the pretrained encoder has {channels} channels, the network in_channels {new_channels}: which belong "
-            "together is unknown, take an encoder of 1 channel or of as many as the network's."
-        )
-    weight = weight.float().unflatten(1, tuple(shape))  # dim C p0 p1 ...
-    if channels != new_channels:
-        weight = weight.sum(1, keepdim=True).repeat_interleave(new_channels, dim=1) / new_channels
-    for axis, (side, new_side) in enumerate(zip(shape[1:], new_shape[1:]), start=2):
-        if side != new_side:
-            eye = torch.eye(new_side)[None, None]
-            resize = F.interpolate(eye, size=(side, new_side), mode="bilinear", antialias=True)[0, 0]
-            weight = torch.tensordot(weight, resize, dims=([axis], [0])).movedim(-1, axis)
-    return weight.flatten(1)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file, without the names of what is around the network; those of an encoder alone get ``encoder.``"""
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no pretrained weights at {path}: give an encoder.pt (configs/pretrain.json writes one), or null to train "
-            "from scratch."
-        )
+        raise FileNotFoundError(f"no weights at {path}: {fix}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here: pickle's, zip's, RuntimeError, EOFError
@@ -149,69 +46,148 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = next((content[place] for place in PLACES if isinstance(content.get(place), dict)), content)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: write it with torch.save(network.state_dict(), path).")
-    tensors = {
-        ".".join(part for part in name.split(".") if part not in WRAPPERS): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
-    first = "patch_embedding.weight"
-    before = next((name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")), "")
-    around = before.removesuffix("encoder.")
-    alone = around == before and not any(name.startswith("encoder.") for name in tensors)
-    return {
-        ("encoder." if alone and name.startswith(around) else "") + name.removeprefix(around): value
-        for name, value in tensors.items()
-    }
+    return {_unwrapped(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def check_encoder(source: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:
-    """Raise unless the file covers every tensor of the network's encoder; only the patch may differ in shape."""
-    first = "encoder.blocks.0.attention.q.weight"
-    if EMBEDDING not in source or first not in source:
-        other = next((name for name in source if "blocks" in name), next(iter(source)))
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Load a network's own weights; a file with other tensors, more or fewer, is refused.
+
+    Args:
+        network: changed in place; may be wrapped.
+        path: see :func:`read_weights`; of any floating point type.
+
+    Returns:
+        ``network``.
+
+    Raises:
+        FileNotFoundError: if there is no file at ``path``.
+        ValueError: if the file does not hold exactly the network's tensors, naming those that differ, or one of them is
+            not finite.
+    """
+    source = read_weights(
+        path,
+        "train the model first (configs/train.json writes models/model.pt in its output_dir), or name a file with "
+        "--weights",
+    )
+    _check_finite(source, path)
+    own = {_unwrapped(name): name for name in network.state_dict()}
+    try:
+        network.load_state_dict({own.get(name, name): value for name, value in source.items()})
+    except RuntimeError as error:
+        wanted = {_unwrapped(name): tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
+        odd = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+        if not odd:  # all shapes fit
+            raise ValueError(f"the weights {path} are of another model: {error}") from None
+        if set(odd) == {"head.weight", "head.bias"} and set(odd) <= wanted.keys() & shapes.keys():
+            channels = shapes["head.weight"][0]
+            raise ValueError(
+                f"the weights {path} have {channels} output channels, the network {wanted['head.weight'][0]}: add "
+                f"--network_def#out_channels {channels} and --class_names with the names of the {channels - 1} labels, "
+                "or the overlay that they were trained with."
+            ) from None
+        differ = [
+            f"{name} is {shapes.get(name, 'missing')} in the file and {wanted.get(name, 'missing')} in the network"
+            for name in odd
+        ]
+        more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise ValueError(
-            f"{path} holds no SSPFormer encoder: it has {other.removeprefix('encoder.')!r}, but not both "
-            f"'patch_embedding.weight' and {first.removeprefix('encoder.')!r}; another project's blocks cannot be "
-            "renamed into these, give an encoder.pt that configs/pretrain.json wrote."
-        )
-    if source[EMBEDDING].shape == own[EMBEDDING].shape:
-        source.setdefault(LAYOUT, own[LAYOUT])  # files of before there was one
-    size, own_size = ((state[EMBEDDING].shape[0], depth(state)) for state in (source, own))
-    if size != own_size:
-        preset = [name for name, row in SIZES.items() if (row["dim"], row["depth"]) == size]
-        fix = f"size {preset[0]!r}" if preset else f"dim={size[0]} and depth={size[1]}"
-        raise ValueError(
-            f"{path} has an encoder of width {size[0]} and {size[1]} blocks, the network one of width {own_size[0]} "
-            f"and {own_size[1]} blocks: build the network with {fix}."
-        )
-    layout, own_layout = (state[LAYOUT].int().tolist() if LAYOUT in state else [] for state in (source, own))
-    if layout and len(layout) != len(own_layout):
-        raise ValueError(
-            f"{path} has an encoder of {len(layout) - 2}D images, the network one of {len(own_layout) - 2}D: 2D "
-            "weights do not fit 3D, nor 3D ones 2D, so pretrain with the spatial_dims of the network."
-        )
-    if layout and layout[0] != own_layout[0]:
-        raise ValueError(
-            f"{path} has an encoder of {layout[0]} attention heads, the network one of {own_layout[0]}: build the "
-            f"network with num_heads={layout[0]}."
-        )
-    wanted = [name for name in own if name.startswith("encoder.")]
-    bad = [n for n in wanted if n not in source or (n != EMBEDDING and source[n].shape != own[n].shape)]
-    if bad:
-        raise ValueError(
-            f"{path} covers {len(wanted) - len(bad)} of the encoder's {len(wanted)} tensors: {bad[0]} is missing or of "
-            "another shape, so the file is incomplete or of another version; write it again with configs/pretrain.json."
-        )
+            f"the weights {path} are of another model: {'; '.join(differ[:3])}{more}. Add the overlay that they were "
+            "trained with (--config_file \"['configs/inference.json','configs/denoising.json']\"), or give others with "
+            "--weights."
+        ) from None
+    logger.info(f"weights from {path}")
+    return network
 
 
-def depth(state: dict[str, Tensor]) -> int:
-    """Number of the encoder's blocks."""
-    return len({name.split(".")[2] for name in state if name.startswith("encoder.blocks.")})
+def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
+    """Load pretrained weights into a network, and log a table of what was loaded, resized and skipped, and why.
+
+    The whole encoder is loaded, or the call raises and changes nothing. Decoder and head are loaded where the file has
+    tensors of the same name and shape (a model of another task), and stay as initialised elsewhere. The image size
+    never matters to :class:`SSPFormerEncoder`, whose positions are rotary, and another patch size or number of channels
+    is resized, see :func:`resize_patch_embedding`.
+
+    Args:
+        network: an encoder (:class:`Encoder`), or a network with one as ``.encoder``; changed in place.
+        path: ``encoder.pt``, a whole model or a checkpoint, see :func:`read_weights`; of any floating point type,
+            whatever comes before the encoder's names (``model.encoder.``, ``backbone.``). None loads nothing: training
+            from scratch.
+
+    Returns:
+        ``network``.
+
+    Raises:
+        FileNotFoundError: if there is no file at ``path``.
+        ValueError: if the file is damaged, holds pickled code, weights that are not finite, or no encoder that
+            ``network`` can take; each message names the fix.
+    """
+    alone = hasattr(network, "hidden_tokens")
+    encoder = network if alone else getattr(network, "encoder", None)
+    if not hasattr(encoder, "hidden_tokens"):
+        raise ValueError(
+            "network must be an encoder or have one as .encoder (SSPFormerDense, MaskedAutoencoder), got "
+            f"{type(network).__name__}."
+        )
+    if path is None:
+        logger.info("pretrained weights: none, training starts from scratch")
+        return network
+
+    source = read_weights(path, "give an encoder.pt (configs/pretrain.json writes one), or null to train from scratch")
+    # shares its memory with the network
+    own = {_unwrapped(name): value for name, value in network.state_dict(prefix="encoder." if alone else "").items()}
+    wanted = [name.removeprefix("encoder.") for name in own if name.startswith("encoder.")]
+    inside, around = split_encoder(source, wanted)
+    changed: dict[str, str] = {}
+    if hasattr(encoder, "fit_weights"):
+        try:
+            inside, changed = encoder.fit_weights(inside)
+        except ValueError as error:
+            raise ValueError(f"cannot load {path}, it {error}") from None
+    if bad := [name for name in wanted if name not in inside or inside[name].shape != own[f"encoder.{name}"].shape]:
+        raise ValueError(
+            f"{path} covers {len(wanted) - len(bad)} of the encoder's {len(wanted)} tensors: encoder.{bad[0]} is "
+            "missing or of another shape, so the file is incomplete or of another encoder; write it again with "
+            "configs/pretrain.json."
+        )
+
+    rows = []
+    pretraining_only = "mask_token" in around and "mask_token" not in own
+    for name, value in {**{f"encoder.{name}": value for name, value in inside.items()}, **around}.items():
+        what, why = "loaded", ""
+        if change := changed.get(name.removeprefix("encoder.")):
+            what, why = "resized", change
+        elif pretraining_only and name in around:
+            what, why = "skipped", "decoder of the masked autoencoder, for pretraining only"
+        elif name not in own:
+            what, why = "skipped", "the network has no such tensor"
+        elif value.shape != own[name].shape:
+            what, why = "skipped", f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here"
+        rows.append((name, value, what, why))
+    loaded = {name: value for name, value, what, _ in rows if what != "skipped"}
+    _check_finite(loaded, path)
+    for name, value in loaded.items():
+        own[name].copy_(value)  # and converts half precision
+    rows += [(name, value, "not loaded", "stays as initialised") for name, value in own.items() if name not in loaded]
+    logger.info(f"pretrained weights: all {len(wanted)} tensors of the encoder, from {path}\n{table(rows)}")
+    return network
 
 
-def as_text(shape: Sequence[int]) -> str:
-    """``(1, 8, 8, 4)`` -> "1 channel of 8 x 8 x 4 voxels"."""
-    return f"{shape[0]} channel{'s' * (shape[0] > 1)} of {' x '.join(map(str, shape[1:]))} voxels"
+def split_encoder(source: dict[str, Tensor], wanted: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a file that are its encoder's, and the others, without what comes before their names.
+
+    Args:
+        source: tensors of the file.
+        wanted: names of an encoder's tensors. What comes before most of them is what comes before the encoder's.
+    """
+    before = Counter(
+        name.removesuffix(own) for name in source for own in wanted if f".{name}".endswith(f".{own}")
+    ).most_common(1)
+    prefix = before[0][0] if before else ""
+    inside = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
+    around = prefix.removesuffix("encoder.")
+    others = {name.removeprefix(around): value for name, value in source.items() if not name.startswith(prefix)}
+    return inside, others
 
 
 def table(rows: Iterable[tuple[str, Tensor, str, str]]) -> str:
@@ -225,3 +201,15 @@ def table(rows: Iterable[tuple[str, Tensor, str, str]]) -> str:
         numbers = sum(value.numel() for value, _ in members)
         lines.append(f"{part:<24} {len(members):>7} {numbers:>11,}  {what:<10} {members[0][1]}".rstrip())
     return "\n".join(lines)
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _check_finite(tensors: dict[str, Tensor], path: str | Path) -> None:
+    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"the weights {path} are NaN or infinite in {len(broken)} of its tensors, such as {broken[0]}: the "
+            "training that wrote them diverged, so take earlier ones, or train again with a lower learning rate."
+        )

@@ -9,11 +9,11 @@ from .batched import (
     BatchedSkullStrip,
 )
 from .crops import CropSampler, resample
-from .grid import InvertArgmaxd, KeepAffined, argmax_on_grid
-from .intensity import LeaveQuietd, ScaleBetweenPercentilesd, ScaleByPercentiled
+from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
+from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
+    InverseFrequencyMask,
     MaskIndices,
-    MaskSampler,
     RandInverseFrequencyMask,
     RandInverseFrequencyMaskd,
     draw_mask,
@@ -38,7 +38,6 @@ from .resolution import (
     RandReducedResolution,
     RandReducedResolutiond,
     ResolutionSampler,
-    keep_measured,
     reduce_resolution,
 )
 from .seeded import SeededTransform, SeededTransformd
@@ -55,11 +54,11 @@ __all__ = [
     "resample",
     "DataConsistencyd",
     "FourierResampled",
+    "InverseFrequencyMask",
     "InvertArgmaxd",
-    "KeepAffined",
-    "LeaveQuietd",
+    "KeepOnlyAffined",
+    "BlendByNoiseLeveld",
     "MaskIndices",
-    "MaskSampler",
     "NoiseSampler",
     "PhysiologicalMotion",
     "RandDownsampledCrop",
@@ -72,8 +71,7 @@ __all__ = [
     "RandReducedResolutiond",
     "RandSkullStripd",
     "ResolutionSampler",
-    "ScaleBetweenPercentilesd",
-    "ScaleByPercentiled",
+    "ScaleByPercentilesd",
     "SeededTransform",
     "SeededTransformd",
     "argmax_on_grid",
@@ -81,7 +79,6 @@ __all__ = [
     "frequency_weighted_noise",
     "high_frequency_map",
     "inverse_frequency_mask",
-    "keep_measured",
     "noise_weight",
     "patch_energy",
     "reduce_resolution",

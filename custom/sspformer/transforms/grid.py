@@ -1,4 +1,4 @@
-"""Between the grid of the network and that of the file."""
+"""From the network's grid back to the file's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
-__all__ = ["InvertArgmaxd", "KeepAffined", "argmax_on_grid"]
+__all__ = ["InvertArgmaxd", "KeepOnlyAffined", "argmax_on_grid"]
 
 
-class KeepAffined(MapTransform):
-    """Reduce a MetaTensor to its voxels and its affine: nothing else is needed from here on, and a cache file of it
-    loads with ``weights_only``."""
+class KeepOnlyAffined(MapTransform):
+    """Drop all metadata of MetaTensors but the affine; a cache file then loads with ``weights_only``."""
 
     def __call__(self, data: Mapping) -> dict:
         d = dict(data)
@@ -29,24 +28,30 @@ class KeepAffined(MapTransform):
 
 
 class InvertArgmaxd(MapTransform):
-    """Class scores on the network's grid become the label map on the grid that the file has, uint8.
+    """Turn class scores on the network's grid into a label map, uint8, on the file's grid.
 
-    Scores are interpolated linearly and the largest wins, so borders are smooth where the file's grid is the finer one.
-    MONAI's ``Invertd`` would hold all classes at the file's resolution before the argmax: 18 of a 1 mm head are 850 MB.
-    The way back is read off the affines alone, so any preprocessing that keeps the affine is undone.
+    Scores are interpolated linearly before the largest wins, so borders are smooth if the file's grid is finer. MONAI's
+    ``Invertd`` would hold all classes at the file's resolution: 850 MB for 18 classes of a 1 mm head. The mapping
+    follows from the affines alone, so any preprocessing that keeps the affine is undone.
 
     Args:
         keys: scores ``(classes, *S)``.
         orig_keys: the preprocessed image ``(C, *S)`` of each key, a MetaTensor with ``original_affine`` and
             ``spatial_shape`` of its file.
+        class_names: of the labels from 1 on, for pictures and DICOM: ``class_names`` in the metadata of the label map.
+            None, or names that are not as many as the classes: "structure 1" and so on.
         allow_missing_keys: do not raise if a key is missing.
     """
 
     def __init__(
-        self, keys: KeysCollection = "pred", orig_keys: KeysCollection = "image", allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection = "pred",
+        orig_keys: KeysCollection = "image",
+        class_names: Sequence[str] | None = None,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.orig_keys = ensure_tuple_rep(orig_keys, len(self.keys))
+        self.orig_keys, self.class_names = ensure_tuple_rep(orig_keys, len(self.keys)), list(class_names or ())
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -55,7 +60,9 @@ class InvertArgmaxd(MapTransform):
             affine, shape = image.meta["original_affine"], image.meta["spatial_shape"]
             scores = torch.as_tensor(d[key]).as_subclass(Tensor)
             labels = argmax_on_grid(scores, image.affine, [int(side) for side in shape], affine)
-            meta = {name: value for name, value in image.meta.items() if name != "affine"} | {"n_classes": len(scores)}
+            names = [f"structure {i}" for i in range(1, len(scores))]
+            names = self.class_names if len(self.class_names) == len(names) else names
+            meta = {name: value for name, value in image.meta.items() if name != "affine"} | {"class_names": names}
             d[key] = MetaTensor(labels[None], affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
         return d
 
@@ -67,14 +74,14 @@ def argmax_on_grid(
     target_affine: Tensor | np.ndarray,
     slab_voxels: int = 2**22,
 ) -> Tensor:
-    """The class with the largest score, linearly interpolated, at each voxel of another grid.
+    """The class with the largest score, linearly interpolated, at each voxel of a target grid.
 
     Args:
-        scores: ``(classes, X, Y, Z)``, at most 256 classes. Beyond the outermost voxels the scores are theirs.
+        scores: ``(classes, X, Y, Z)``, at most 256 classes. Outside, the nearest voxel's scores hold.
         affine: of the scores, voxels to mm, ``(4, 4)``.
-        shape: of the other grid, three sides.
-        target_affine: of the other grid, voxels to mm, ``(4, 4)``.
-        slab_voxels: scores that are interpolated at a time; the other grid is filled slab by slab.
+        shape: of the target grid, three sides.
+        target_affine: of the target grid, voxels to mm, ``(4, 4)``.
+        slab_voxels: scores that are interpolated at a time; the target grid is filled slab by slab.
 
     Returns:
         uint8 of the given shape, on the device of the scores.
@@ -82,7 +89,7 @@ def argmax_on_grid(
     to_scores = np.linalg.solve(np.asarray(affine, float), np.asarray(target_affine, float))[:3]
     labels = torch.empty(tuple(shape), dtype=torch.uint8, device=scores.device)
     step = max(1, slab_voxels // (scores.shape[0] * shape[1] * shape[2]))
-    axes = np.abs(to_scores[:, :3]).argmax(axis=0)  # of the scores, along each axis of the grid
+    axes = np.abs(to_scores[:, :3]).argmax(axis=0)  # axis of the scores along each axis of the target grid
     oblique = to_scores[:, :3].copy()
     oblique[axes, range(3)] = 0
     aligned = len(set(axes)) == 3 and np.abs(oblique * np.asarray(shape)).max() < 1e-3  # voxels, across the grid
@@ -99,12 +106,12 @@ def argmax_on_grid(
 def _interpolate_by_axis(
     scores: Tensor, to_scores: np.ndarray, axes: np.ndarray, shape: Sequence[int], step: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Slabs of a grid whose axes are those of the scores: matrix products, faster than ``grid_sample``."""
+    """Slabs of a grid whose axes are parallel to those of the scores: matrix products, faster than ``grid_sample``."""
     scores = scores.permute(0, *(1 + axes))
     weights = []
     for i, (axis, n, side) in enumerate(zip(axes, shape, scores.shape[1:], strict=True)):
         at = (to_scores[axis, i] * np.arange(n) + to_scores[axis, 3]).clip(0, side - 1)
-        weights.append((1 - np.abs(at[:, None] - np.arange(side))).clip(0))  # of each score in each voxel
+        weights.append((1 - np.abs(at[:, None] - np.arange(side))).clip(0))  # of each score for each voxel
     x, (y, z) = weights[0], (torch.from_numpy(w).to(scores) for w in weights[1:])
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
@@ -117,9 +124,9 @@ def _interpolate_by_axis(
 def _interpolate(
     scores: Tensor, to_scores: np.ndarray, shape: Sequence[int], step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slabs of any grid."""
+    """Slabs of an oblique grid."""
     sides = torch.tensor(scores.shape[1:], dtype=torch.float64)
-    # grid_sample counts from -1 to 1, x last
+    # grid_sample takes coordinates from -1 to 1, in the order z, y, x
     to_unit = (2 / (sides - 1).clamp(min=1))[:, None] * torch.from_numpy(to_scores)
     to_unit[:, 3] -= 1
     to_unit = to_unit.flip(0).to(scores.device, torch.float32)

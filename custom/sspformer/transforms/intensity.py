@@ -1,7 +1,8 @@
-"""Intensities brought to one range."""
+"""Intensities on one scale, and denoised scans blended with what came in."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -13,31 +14,40 @@ from torch import Tensor
 
 from ..intensity import noise_level
 
-__all__ = ["LeaveQuietd", "ScaleBetweenPercentilesd", "ScaleByPercentiled"]
+__all__ = ["BlendByNoiseLeveld", "ScaleByPercentilesd"]
 
 
-class ScaleBetweenPercentilesd(MapTransform):
-    """Two percentiles of an image's values become 0 and 1; what lies beyond them is clipped.
+class ScaleByPercentilesd(MapTransform, InvertibleTransform):
+    """Bring the intensities of images to one scale, by percentiles of their values.
 
-    It gives the numbers of MONAI's ``ScaleIntensityRangePercentilesd``, which leaves an image as it is if both
-    percentiles are the same, as they are of a small object in a large field of view: the value of the air. Here the
-    maximum then takes the place of the upper one. An image of one value becomes 0.
+    ``lower`` becomes 0, ``upper`` becomes 1, and what lies beyond is clipped. Without ``lower`` an image is only
+    divided by ``upper``, which can be inverted.
+
+    The numbers are those of MONAI's ``ScaleIntensityRangePercentilesd``, but for one case. Both percentiles of a small
+    object in a large field of view are the value of the air. MONAI leaves such an image unscaled; here its maximum
+    takes the place of ``upper``. A clipped image of one value becomes 0.
 
     Args:
-        keys: entries to scale, of a floating point type.
-        lower: the percentile that becomes 0, at least 0.
-        upper: the percentile that becomes 1, above ``lower``, at most 100.
+        keys: images of a floating point type, MetaTensors if they are to be inverted.
+        lower: percentile that becomes 0, at least 0; None: nothing is shifted or clipped.
+        upper: percentile that becomes 1, above ``lower``, at most 100.
         allow_missing_keys: do not raise if a key is missing.
 
     Raises:
-        ValueError: if a percentile is out of its range.
+        ValueError: if a percentile is out of its range, or if ``lower`` is None and an image has no value above 0.
     """
 
     def __init__(
-        self, keys: KeysCollection, lower: float = 0.5, upper: float = 99.5, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection,
+        lower: float | None = 0.5,
+        upper: float = 99.5,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if not 0 <= lower < upper <= 100:
+        if lower is None and not 0 < upper <= 100:
+            raise ValueError(f"upper must be a percentile in (0, 100], got {upper}.")
+        if lower is not None and not 0 <= lower < upper <= 100:
             raise ValueError(f"lower and upper must be ascending percentiles in [0, 100], got {lower} and {upper}.")
         self.lower, self.upper = lower, upper
 
@@ -45,38 +55,15 @@ class ScaleBetweenPercentilesd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image = torch.as_tensor(d[key]).as_subclass(Tensor)
-            low, high = percentile(image, self.lower), percentile(image, self.upper)
-            if low == high:
+            low = 0.0 if self.lower is None else percentile(image, self.lower)
+            high = percentile(image, self.upper)
+            if high <= low:
                 high = image.max()
-            d[key] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(d[key])
-        return d
-
-
-class ScaleByPercentiled(MapTransform, InvertibleTransform):
-    """Divide an image by a percentile of its values. Nothing is shifted or clipped, so the inverse is exact.
-
-    Args:
-        keys: entries to scale, MetaTensors.
-        upper: the percentile that becomes 1, in (0, 100].
-        allow_missing_keys: do not raise if a key is missing.
-
-    Raises:
-        ValueError: if ``upper`` is out of range, or an image has no value above 0.
-    """
-
-    def __init__(self, keys: KeysCollection, upper: float = 99.5, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if not 0 < upper <= 100:
-            raise ValueError(f"upper must be a percentile in (0, 100], got {upper}.")
-        self.upper = upper
-
-    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            scale = float(percentile(d[key], self.upper))
-            if scale <= 0:  # a small object in a large field of view
-                scale = float(d[key].max())
-            if not 0 < scale < float("inf"):
+            if self.lower is not None:
+                d[key] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(d[key])
+                continue
+            scale = float(high)
+            if not 0 < scale < math.inf:
                 name = getattr(d[key], "meta", {}).get("filename_or_obj", key)
                 raise ValueError(
                     f"{name} has no finite value above 0, its largest is {scale:g}: not a magnitude image."
@@ -86,22 +73,23 @@ class ScaleByPercentiled(MapTransform, InvertibleTransform):
         return d
 
     def inverse(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Multiply again what was divided; what was clipped stays as it is."""
         d = dict(data)
-        for key in self.key_iterator(d):
+        for key in self.key_iterator(d) if self.lower is None else ():
             d[key] = d[key] * self.pop_transform(d[key])["extra_info"]["scale"]
         return d
 
 
-class LeaveQuietd(MapTransform):
-    """Where a whole scan has hardly any noise, give it back as it is: noise that weak cannot be told from texture.
+class BlendByNoiseLeveld(MapTransform):
+    """Give a scan with hardly any noise back as it came in: such weak noise cannot be told from texture.
 
-    Judged on the whole scan, whose air and white matter show the noise bare; a window of cortex does not.
+    The noise is measured on the whole scan, because air and white matter show it bare; a window of cortex does not.
 
     Args:
         keys: denoised scans ``(C, *S)``.
-        image_key: the scan before, on the same grid and scale, 1 for its brightest tissue.
-        levels: of :func:`sspformer.intensity.noise_level`. At or below the first the scan is left as it is, at or
-            above the second the result is taken whole, between them a mixture.
+        image_key: the scan that came in, on the same grid and scale, 1 for its brightest tissue.
+        levels: of :func:`sspformer.intensity.noise_level`. At or below the first the scan stays as it came in, at or
+            above the second the denoised one is taken, in between a mixture.
 
     Raises:
         ValueError: unless the levels are two ascending numbers above 0.
@@ -116,7 +104,7 @@ class LeaveQuietd(MapTransform):
         self.image_key, self.levels = image_key, levels
 
     def share(self, image: Tensor) -> Tensor:
-        """How much of the result counts, 0 to 1, for each channel: ``(C, 1, ...)`` for an image ``(C, *S)``."""
+        """Share of the denoised scan in the result, 0 to 1: ``(C, 1, ...)`` for a scan ``(C, *S)``."""
         low, high = self.levels
         level = noise_level(torch.as_tensor(image).as_subclass(Tensor)[None])[0]
         return ((level - low) / (high - low)).clamp(0, 1)

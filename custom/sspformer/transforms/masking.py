@@ -1,9 +1,11 @@
-"""Inverse frequency projection masking: hide patches where high-frequency anatomy sits (METHOD.md).
+"""Masks. Inverse frequency projection masking hides patches where high-frequency anatomy sits (docs/method.md).
 
-The steps, in the order of the method: :func:`high_frequency_map` weighs k-space by a high-pass and projects it back,
-:func:`patch_energy` pools the map over the token grid, :func:`draw_mask` draws the masked patches.
-:func:`inverse_frequency_mask` is all of them, batched; :class:`RandInverseFrequencyMask` and
-:class:`RandInverseFrequencyMaskd` are for one image.
+A mask strategy is any callable ``(image, spacing, generator) -> MaskIndices``: ``image``, clean images ``(B, C, *S)``;
+``spacing``, mm, ``(B, len(S))``; ``generator``, on the image's device. Ours is :class:`InverseFrequencyMask`.
+
+Its steps: :func:`high_frequency_map` weighs k-space by a high-pass and projects it back, :func:`patch_energy` pools the
+map over the token grid, :func:`draw_mask` draws the patches. :func:`inverse_frequency_mask` does all three for a batch,
+:class:`RandInverseFrequencyMask` and :class:`RandInverseFrequencyMaskd` for one scan.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
+from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
+from ..options import flag
 from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
+    "InverseFrequencyMask",
     "MaskIndices",
-    "MaskSampler",
     "RandInverseFrequencyMask",
     "RandInverseFrequencyMaskd",
     "draw_mask",
@@ -51,23 +54,27 @@ class MaskIndices(NamedTuple):
         return torch.zeros(shape, dtype=torch.bool, device=self.mask.device).scatter_(1, self.mask, True)
 
 
+def voxel_mask(indices: MaskIndices, image_size: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """The mask on the image grid, ``(B, 1, *S)``, bool, True where masked."""
+    grid = [-(-side // patch) for side, patch in zip(image_size, patch_size, strict=True)]
+    mask = indices.to_map().reshape(-1, 1, *grid)
+    for axis, patch in enumerate(patch_size):
+        mask = mask.repeat_interleave(patch, dim=2 + axis)
+    return mask[(..., *(slice(0, side) for side in image_size))]
+
+
 def high_frequency_map(
-    image: Tensor,
-    spacing: Sequence[float] | Tensor | None = None,
-    gamma: float = 1.0,
-    cutoff: float | None = None,
-    margin: int = 4,
+    image: Tensor, spacing: Sequence[float] | Tensor | None = None, gamma: float = 1.0, margin: int = 4
 ) -> Tensor:
     """Steps 1 and 2: where high-frequency content sits, ``h = |F^-1(W F(x))|`` averaged over channels.
 
-    The image is mirrored by ``margin`` voxels first. A crop through a head does not end in air as a whole field of view
-    does, and the jump from one border to the opposite one, which the Fourier transform sees, would outshine anatomy.
+    The image is first mirrored by ``margin`` voxels at its borders. A crop, unlike a whole field of view, does not end
+    in air: the Fourier transform would see a jump from one border to the opposite one, stronger than any anatomy.
 
     Args:
         image: clean images ``(B, C, *S)``; not the noisy ones, or noisy air looks like anatomy.
         spacing: voxel spacing in mm, see :func:`sspformer.kspace.as_spacing`.
         gamma: see :func:`sspformer.kspace.highpass`.
-        cutoff: see :func:`sspformer.kspace.highpass`.
         margin: voxels to mirror at each border, 0 or more; less where a side is shorter.
 
     Returns:
@@ -78,16 +85,10 @@ def high_frequency_map(
     image = image - image.mean(dim=dims, keepdim=True)  # W(0) = 0 removes it anyway, but it costs precision until then
     pad = [min(margin, side - 1) for side in image.shape[2:]]
     padded = F.pad(image, [p for side in reversed(pad) for p in (side, side)], mode="reflect") if any(pad) else image
-    weight = kspace.highpass(kspace.radial_frequency(padded, spacing, half=True), gamma, cutoff)
+    weight = kspace.highpass(kspace.radial_frequency(padded, spacing, half=True), gamma)
     detail = kspace.filter_image(padded, weight).abs_()
     detail = detail if image.shape[1] == 1 else detail.mean(dim=1, keepdim=True)
     return detail[(..., *(slice(p, p + side) for p, side in zip(pad, image.shape[2:])))]
-
-
-def _pool(volume: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Mean of ``(B, 1, *S)`` over each patch, ``(B, N)``; those at the end may be cut off: the encoder pads there."""
-    pool = F.avg_pool2d if volume.ndim == 4 else F.avg_pool3d
-    return pool(volume, tuple(patch_size), ceil_mode=True).flatten(1)
 
 
 def patch_energy(
@@ -95,24 +96,19 @@ def patch_energy(
     patch_size: Sequence[int],
     spacing: Sequence[float] | Tensor | None = None,
     gamma: float = 1.0,
-    cutoff: float | None = None,
-    local_amplitude: bool = False,
     foreground_share: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
     """Step 3: standardised log energy of the high-frequency map in each patch, and which patches are foreground.
 
-    A voxel is foreground where it is brighter than the mean of its image, as is common for MRI (TorchIO's
-    ``ZNormalization.mean``); a patch is where at least ``foreground_share`` of its voxels are. Neither scaling the
-    image nor adding a constant changes any of this.
+    A voxel is foreground if it is brighter than the mean of its image, as is common for MRI (TorchIO's
+    ``ZNormalization.mean``). A patch is, if at least ``foreground_share`` of its voxels are. Neither scaling the image
+    nor adding a constant changes anything.
 
     Args:
         image: clean images ``(B, C, *S)``.
         patch_size: voxels along each spatial axis; the token grid has ``ceil(S / patch_size)`` patches.
         spacing: voxel spacing in mm.
-        gamma: see :func:`high_frequency_map`.
-        cutoff: see :func:`high_frequency_map`.
-        local_amplitude: divide each patch's energy by its squared mean brightness above the darkest voxel (plus a tenth
-            of the image's own mean), so that skull and scalp do not outshine the cortex.
+        gamma: see :func:`sspformer.kspace.highpass`.
         foreground_share: between 0 and 1.
 
     Returns:
@@ -121,16 +117,12 @@ def patch_energy(
     """
     image = image.float()
     dims = tuple(range(1, image.ndim))
-    squared = high_frequency_map(image, spacing, gamma, cutoff).square()
+    squared = high_frequency_map(image, spacing, gamma).square()
     energy = _pool(squared, patch_size)
 
     mean_image = image.mean(dim=1, keepdim=True)
     above_mean = (mean_image > mean_image.mean(dim=dims, keepdim=True)).float()
     foreground = _pool(above_mean, patch_size) >= foreground_share
-
-    if local_amplitude:
-        brightness = _pool(mean_image - mean_image.amin(dim=dims, keepdim=True), patch_size)
-        energy = energy / (brightness + 0.1 * brightness.mean(dim=1, keepdim=True)).square().clamp_min(1e-30)
 
     mean_energy = energy.mean(dim=1, keepdim=True)
     log_energy = (energy / mean_energy.clamp_min(1e-30) + 1e-6).log()
@@ -144,47 +136,45 @@ def patch_energy(
     return torch.where(flat | (variance < 1e-12), torch.zeros_like(z), z), foreground
 
 
+def _pool(volume: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Mean of ``(B, 1, *S)`` over each patch, ``(B, N)``; a patch at the end of an axis may be cut off."""
+    pool = F.avg_pool2d if volume.ndim == 4 else F.avg_pool3d
+    return pool(volume, tuple(patch_size), ceil_mode=True).flatten(1)
+
+
 def draw_mask(
     z: Tensor,
     ratio: float,
     beta: Tensor | float,
     foreground: Tensor | None = None,
-    hints: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> MaskIndices:
     """Steps 4 to 6: draw exactly ``round(ratio * N)`` patches of each sample without replacement.
 
-    Gumbel top-k on ``beta * z``: adding standard Gumbel noise to log weights and taking the k largest is drawing k
-    without replacement with weights ``exp(beta * z)``. ``beta = 0`` is the uniform mask of a plain masked autoencoder.
+    Gumbel top-k: the k largest of ``beta * z`` plus standard Gumbel noise are k draws without replacement with weights
+    ``exp(beta * z)``. ``beta = 0`` is the uniform mask of a plain masked autoencoder.
 
     Args:
         z: standardised log energy ``(B, N)``.
         ratio: share of patches to mask, between 0 and 1; at least one patch stays visible and one is masked.
         beta: preference for high-frequency patches, a number or ``(B,)``.
-        foreground: ``(B, N)`` bool: foreground and background are then masked at the same ratio each (strata), so that
-            air does not fill the visible set. None: one stratum.
-        hints: share of the tokens that are revealed whatever was drawn, at random among the ``M`` of the highest energy
-            (after AttMask's hints); 0 to ``1 - ratio``. With strata, no more of them than their stratum leaves visible.
+        foreground: ``(B, N)`` bool. Foreground and background are strata, masked at the same ratio each, so that air
+            does not fill the visible set. None: one stratum.
         generator: source of the draw, on the device of ``z``.
 
     Raises:
-        ValueError: if ``ratio`` or ``hints`` is out of its range.
+        ValueError: if ``ratio`` is out of its range, or leaves no patch masked or none visible.
     """
     n_tokens = z.shape[1]
-    n_mask = _n_mask(n_tokens, ratio)
-    _checked_hints(hints, ratio)
-
-    def gumbel() -> Tensor:
-        uniform = torch.rand(z.shape, generator=generator, device=z.device)
-        return -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
-
-    score = (beta.to(z).reshape(-1, 1) if isinstance(beta, Tensor) else beta) * z + gumbel()
-    if hints > 0:
-        n_hints = min(round(hints * n_tokens), n_tokens - n_mask)
-        shuffle = gumbel().argsort(dim=1)  # ties, as in air or a flat image, are broken at random
-        top = shuffle.gather(1, z.gather(1, shuffle).topk(n_mask, dim=1).indices)
-        revealed = top.gather(1, gumbel().gather(1, top).topk(n_hints, dim=1).indices)
-        score = score.scatter(1, revealed, -torch.inf)
+    n_mask = round(_checked_ratio(ratio) * n_tokens)
+    if not 0 < n_mask < n_tokens:
+        raise ValueError(
+            f"a mask ratio of {ratio} of {n_tokens} patches leaves none masked or none visible: "
+            "take a larger image, smaller patches or another ratio."
+        )
+    uniform = torch.rand(z.shape, generator=generator, device=z.device)
+    gumbel = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
+    score = (beta.to(z).reshape(-1, 1) if isinstance(beta, Tensor) else beta) * z + gumbel
 
     order = score.argsort(dim=1, descending=True)
     if foreground is None:
@@ -208,22 +198,6 @@ def _checked_ratio(ratio: float) -> float:
     return ratio
 
 
-def _checked_hints(hints: float, ratio: float) -> float:
-    if hints < 0 or hints + ratio > 1 + 1e-9:
-        raise ValueError(f"hints must be in [0, 1 - ratio] = [0, {1 - ratio:.3g}], got {hints}.")
-    return hints
-
-
-def _n_mask(n_tokens: int, ratio: float) -> int:
-    n_mask = round(_checked_ratio(ratio) * n_tokens)
-    if not 0 < n_mask < n_tokens:
-        raise ValueError(
-            f"a mask ratio of {ratio} of {n_tokens} patches leaves none masked or none visible: "
-            "take a larger image, smaller patches or another ratio."
-        )
-    return n_mask
-
-
 def _split(masked: Tensor, n_mask: int) -> MaskIndices:
     """``(B, N)`` bool with ``n_mask`` True in each row -> indices."""
     order = masked.to(torch.uint8).argsort(dim=1, stable=True)
@@ -237,37 +211,26 @@ def inverse_frequency_mask(
     beta: Tensor | float = 1.0,
     spacing: Sequence[float] | Tensor | None = None,
     gamma: float = 1.0,
-    cutoff: float | None = None,
-    local_amplitude: bool = False,
     stratify: bool = True,
-    hints: float = 0.0,
     generator: torch.Generator | None = None,
-) -> tuple[MaskIndices, Tensor, Tensor]:
+) -> MaskIndices:
     """Inverse frequency projection masking of a batch: all the steps of the method.
 
     Args:
         image: clean images ``(B, C, *S)``; runs on their device.
         patch_size: voxels along each spatial axis.
-        ratio: see :func:`draw_mask`.
-        beta: see :func:`draw_mask`.
+        ratio, beta: see :func:`draw_mask`.
         spacing: voxel spacing in mm.
-        gamma: see :func:`high_frequency_map`.
-        cutoff: see :func:`high_frequency_map`.
-        local_amplitude: see :func:`patch_energy`.
+        gamma: see :func:`sspformer.kspace.highpass`.
         stratify: mask foreground and background at the same ratio each.
-        hints: see :func:`draw_mask`.
         generator: source of the draw, on the image's device.
-
-    Returns:
-        The indices, the patch energies ``z`` (B, N), and the foreground ``(B, N)``.
     """
-    z, foreground = patch_energy(image, patch_size, spacing, gamma, cutoff, local_amplitude)
-    indices = draw_mask(z, ratio, beta, foreground if stratify else None, hints, generator)
-    return indices, z, foreground
+    z, foreground = patch_energy(image, patch_size, spacing, gamma)
+    return draw_mask(z, ratio, beta, foreground if stratify else None, generator)
 
 
-class MaskSampler:
-    """The settings of :func:`inverse_frequency_mask`, checked once, to be called on batches.
+class InverseFrequencyMask:
+    """The mask strategy :func:`inverse_frequency_mask` with its settings, which are checked once.
 
     Args:
         patch_size: voxels along each spatial axis, or one number for all.
@@ -275,10 +238,7 @@ class MaskSampler:
         ratio: share of masked patches, between 0 and 1.
         beta: preference for high-frequency patches, 0 or more; a schedule may set it through :meth:`set_beta`.
         gamma: see :func:`sspformer.kspace.highpass`.
-        cutoff: see :func:`sspformer.kspace.highpass`.
-        local_amplitude: see :func:`patch_energy`.
         stratify: mask foreground and background at the same ratio each.
-        hints: see :func:`draw_mask`.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -291,19 +251,14 @@ class MaskSampler:
         ratio: float = 0.75,
         beta: float = 1.0,
         gamma: float = 1.0,
-        cutoff: float | None = None,
-        local_amplitude: bool = False,
         stratify: bool = True,
-        hints: float = 0.0,
     ) -> None:
         self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
         self.ratio = _checked_ratio(ratio)
         self.set_beta(beta)
-        self.gamma, self.cutoff = gamma, cutoff
-        kspace.highpass(torch.zeros(()), gamma, cutoff)  # raises on a wrong one
-        self.local_amplitude = str2bool(local_amplitude)  # the command line gives "false" as a string
-        self.stratify = str2bool(stratify)
-        self.hints = _checked_hints(hints, ratio)
+        self.gamma = gamma
+        kspace.highpass(torch.zeros(()), gamma)  # raises on a wrong one
+        self.stratify = flag(stratify)
 
     def set_beta(self, beta: float) -> None:
         """Set the preference for high-frequency patches; a parameter setter for MONAI's ``ParamSchedulerHandler``."""
@@ -313,57 +268,30 @@ class MaskSampler:
 
     def __call__(
         self, image: Tensor, spacing: Sequence[float] | Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[MaskIndices, Tensor, Tensor]:
-        """See :func:`inverse_frequency_mask`."""
+    ) -> MaskIndices:
+        """Masks of clean images ``(B, C, *S)``."""
         return inverse_frequency_mask(
-            image,
-            self.patch_size,
-            self.ratio,
-            self.beta,
-            spacing,
-            self.gamma,
-            self.cutoff,
-            self.local_amplitude,
-            self.stratify,
-            self.hints,
-            generator,
+            image, self.patch_size, self.ratio, self.beta, spacing, self.gamma, self.stratify, generator
         )
 
 
 class RandInverseFrequencyMask(SeededTransform):
-    """Voxel mask of one image ``(C, *S)`` by inverse frequency projection; spacing is read from a MetaTensor.
+    """Voxel mask of one image ``(C, *S)`` by inverse frequency projection.
 
     Returns a mask ``(1, *S)`` of the image's own grid and affine: 1 where masked, 0 where visible, uint8.
 
     Args:
         patch_size: voxels along each spatial axis, or one number for all.
-        ratio: see :func:`draw_mask`.
-        beta: see :func:`draw_mask`.
-        kwargs: further settings of :func:`inverse_frequency_mask`.
+        kwargs: further settings of :class:`InverseFrequencyMask`.
     """
 
-    def __init__(self, patch_size: Sequence[int] | int, ratio: float = 0.75, beta: float = 1.0, **kwargs) -> None:
+    def __init__(self, patch_size: Sequence[int] | int, **kwargs) -> None:
         super().__init__()
-        self.patch_size, self.ratio, self.beta, self.kwargs = patch_size, ratio, beta, kwargs
+        self.patch_size, self.kwargs = patch_size, kwargs
 
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
-        if randomize:
-            self.randomize()
-        image = img.as_subclass(Tensor)[None]
-        sampler = MaskSampler(self.patch_size, image.ndim - 2, self.ratio, self.beta, **self.kwargs)
-        indices, *_ = sampler(image, kspace.spacing_of(img), self.generator(img.device))
-        mask = voxel_mask(indices, image.shape[2:], sampler.patch_size)[0]
-        return convert_to_dst_type(mask, img, dtype=torch.uint8)[0]
-
-
-def voxel_mask(indices: MaskIndices, image_size: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """The mask on the image grid, ``(B, 1, *S)``, bool, True where masked."""
-    grid = [-(-side // patch) for side, patch in zip(image_size, patch_size, strict=True)]
-    mask = indices.to_map().reshape(-1, 1, *grid)
-    for axis, patch in enumerate(patch_size):
-        mask = mask.repeat_interleave(patch, dim=2 + axis)
-    return mask[(..., *(slice(0, side) for side in image_size))]
+    def apply(self, image: Tensor, spacing: Tensor | None, generator: torch.Generator) -> Tensor:
+        strategy = InverseFrequencyMask(self.patch_size, image.ndim - 2, **self.kwargs)
+        return voxel_mask(strategy(image, spacing, generator), image.shape[2:], strategy.patch_size).to(torch.uint8)
 
 
 class RandInverseFrequencyMaskd(SeededTransformd):
@@ -389,7 +317,5 @@ class RandInverseFrequencyMaskd(SeededTransformd):
         self.mask_key_postfix = mask_key_postfix
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[f"{key}_{self.mask_key_postfix}"] = self.transform(d[key])
-        return d
+        masks = {f"{key}_{self.mask_key_postfix}": self.transform(data[key]) for key in self.key_iterator(dict(data))}
+        return {**data, **masks}

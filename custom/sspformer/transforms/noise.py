@@ -1,23 +1,22 @@
-"""Frequency-weighted FFT noise: thermal noise and physiological motion, put into k-space (METHOD.md).
+"""Frequency-weighted FFT noise: thermal noise and physiological motion in k-space (docs/method.md).
 
-:func:`frequency_weighted_noise` is the pure, batched function; :class:`RandFrequencyWeightedNoise` samples its
-parameters for one image, and :class:`RandFrequencyWeightedNoised` does so for the entries of a dictionary.
+:func:`frequency_weighted_noise` is the pure, batched function, :class:`NoiseSampler` draws its parameters for a batch.
+:class:`RandFrequencyWeightedNoise` and :class:`RandFrequencyWeightedNoised` are MONAI transforms of one scan.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.config.type_definitions import NdarrayOrTensor
-from monai.utils import convert_to_dst_type, convert_to_tensor, str2bool
 from torch import Tensor
 
 from .. import kspace
+from ..options import flag
 from .seeded import SeededTransform, SeededTransformd
 
 __all__ = [
@@ -51,11 +50,11 @@ class PhysiologicalMotion:
     axis: int = 0
 
     def kspace_factor(self, image: Tensor, spacing: Tensor) -> Tensor:
-        """What the motion multiplies k-space with, complex, broadcastable to ``(B, 1, *S)``.
+        """The complex factor by which the motion changes k-space, broadcastable to ``(B, 1, *S)``.
 
         A displacement ``d`` turns the phase of k-space by ``2 pi k . d`` (Fourier shift theorem). Line ``n`` is read at
-        ``n * repetition_time``, so that ``d`` varies along the phase-encode axis only, and the phase of the whole grid
-        is a product of one small table for each axis.
+        ``n * repetition_time``, so ``d`` varies along the phase-encode axis only. The phase of the whole grid is then a
+        product of one small table for each axis.
         """
         n_axes, n_lines = image.ndim - 2, image.shape[2 + self.axis]
         time = kspace.phase_encode_line(n_lines, image.device) * self.repetition_time[:, None]  # (B, N)
@@ -78,7 +77,7 @@ def noise_weight(rho: Tensor, alpha: Tensor | float, eps0: float = 0.1) -> Tenso
     Args:
         rho: radial frequency ``(B, 1, *S)`` of the full grid.
         alpha: exponent, a number or ``(B,)``. 0: white noise; above 0: more at high frequency.
-        eps0: what keeps the weight finite at zero frequency where ``alpha`` is negative, above 0.
+        eps0: above 0; keeps the weight finite at zero frequency where ``alpha`` is negative.
     """
     if eps0 <= 0:
         raise ValueError(f"eps0 must be above 0, got {eps0}.")
@@ -105,7 +104,7 @@ def frequency_weighted_noise(
     and the factor ``m`` of :class:`PhysiologicalMotion`. With ``alpha=0`` the result is exactly Rician.
 
     Args:
-        image: magnitude images ``(B, C, *S)``, not negative: the noise belongs before z-scoring. Runs on its device.
+        image: magnitude images ``(B, C, *S)``, not negative: add noise before z-scoring. Runs on its device.
         sigma: standard deviation in the image domain as a fraction of the intensity range, a number or ``(B,)``;
             independent of ``alpha``. None: no thermal noise.
         alpha: exponent of the noise weight, a number or ``(B,)``.
@@ -160,27 +159,28 @@ def _uniform(bounds: tuple[float, float], *shape: int, generator: torch.Generato
 class NoiseSampler:
     """Draws the parameters of :func:`frequency_weighted_noise` for every sample of a batch, and applies it.
 
-    A range is ``(low, high)``, drawn uniformly for each sample, or one number. Each sample moves with probability
-    ``motion_prob``; a batch is in random order, so those that do are its first ones, and the others cost nothing.
-    The phase-encode axis is drawn once a batch.
+    A range is ``(low, high)``, drawn uniformly for each sample, or one number. A share ``motion_prob`` of each batch
+    moves, rounded at random where it is no whole number of samples, so that shapes hardly ever change. Loaders shuffle,
+    so the samples that move are the first of the batch; the others cost no Fourier transform. All samples of a batch
+    have one phase-encode axis.
 
     Args:
         sigma: standard deviation of the thermal noise, a fraction of the intensity range.
         alpha: exponent of its frequency weight.
         eps0: see :func:`noise_weight`.
-        motion_prob: probability of physiological motion, 0 to 1.
+        motion_prob: share of the samples with physiological motion, 0 to 1.
         breathing: peak displacement by breathing (0.2 to 0.35 Hz), mm.
         heartbeat: peak displacement by the heartbeat (0.9 to 1.6 Hz), mm.
         modulation: relative modulation of the signal, 0 to 1; half of it by each of the two.
         repetition_time: time between two phase-encode lines, s.
         intensity_range: see :func:`frequency_weighted_noise`.
-        log_sigma: draw the logarithm of ``sigma`` uniformly: as many weak as strong noises.
+        log_sigma: draw the logarithm of ``sigma`` uniformly, so that weak noise is as frequent as strong noise.
 
     Attributes:
         drawn: ``sigma`` of each sample of the last batch, ``(B,)``.
 
     Raises:
-        ValueError: if a range is not ordered or leaves what is physical.
+        ValueError: if a range is not ordered, or goes beyond what is physical.
     """
 
     BREATHING_HZ = (0.2, 0.35)
@@ -199,7 +199,7 @@ class NoiseSampler:
         intensity_range: float | None = None,
         log_sigma: bool = False,
     ) -> None:
-        log_sigma = str2bool(log_sigma)  # a command line has words
+        log_sigma = flag(log_sigma)
         if log_sigma and min(np.atleast_1d(sigma)) <= 0:
             raise ValueError(f"log_sigma needs sigma above 0, got {sigma}.")
         if not 0 <= motion_prob <= 1:
@@ -229,11 +229,11 @@ class NoiseSampler:
         Args:
             image: clean magnitude images ``(B, C, *S)``.
             spacing: mm, see :func:`frequency_weighted_noise`.
-            generator: on the image's device, for what is drawn for each sample.
-            random_state: for what is drawn once a batch.
+            generator: on the image's device, for the parameters of each sample.
+            random_state: for the axis and the number of samples that move.
         """
         axis = int(random_state.randint(image.ndim - 2))
-        n_moving = random_state.binomial(image.shape[0], self.motion_prob)
+        n_moving = int(image.shape[0] * self.motion_prob + random_state.uniform())  # in most batches always the same
         spacing = kspace.as_spacing(spacing, image)
         self.drawn = {"sigma": torch.empty(0, device=image.device)}
         parts = [
@@ -281,7 +281,7 @@ class NoiseSampler:
 
 
 def checked_range(name: str, value: float | Sequence[float], low: float, high: float) -> tuple[float, float]:
-    """Lowest and highest of a range, or of one number; ``ValueError`` where they are not within ``[low, high]``."""
+    """Both ends of a range or of a single number; raises ``ValueError`` unless they are ordered, in ``[low, high]``."""
     bounds = (value, value) if np.isscalar(value) else tuple(value)
     if len(bounds) != 2 or not low <= bounds[0] <= bounds[1] <= high:
         raise ValueError(f"{name} must be a number or (low, high) within [{low}, {high}], got {value!r}.")
@@ -289,7 +289,7 @@ def checked_range(name: str, value: float | Sequence[float], low: float, high: f
 
 
 class RandFrequencyWeightedNoise(SeededTransform):
-    """Frequency-weighted FFT noise on one magnitude image ``(C, *S)``; spacing is read from a MetaTensor.
+    """Frequency-weighted FFT noise on one magnitude image ``(C, *S)``.
 
     Args:
         prob: probability of applying it.
@@ -303,24 +303,13 @@ class RandFrequencyWeightedNoise(SeededTransform):
         super().__init__(prob)
         self.sampler = NoiseSampler(**kwargs)
 
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
-        if randomize:
-            self.randomize()
-        if not self._do_transform:
-            return img
-        if img.min() < 0:
+    def apply(self, image: Tensor, spacing: Tensor | None, generator: torch.Generator) -> Tensor:
+        if image.min() < 0:
             raise ValueError(
-                f"{type(self).__name__} got an image with values down to {float(img.min()):.3g}; a magnitude image has "
-                "none below 0: apply it before z-scoring, after scaling to [0, 1]."
+                f"{type(self).__name__} got an image with values down to {float(image.min()):.3g}; a magnitude image "
+                "has none below 0: apply it before z-scoring, after scaling to [0, 1]."
             )
-        noisy = self.sampler(
-            img.as_subclass(Tensor)[None],
-            kspace.spacing_of(img),
-            self.generator(img.device),
-            np.random.RandomState(self._seed),
-        )[0]
-        return convert_to_dst_type(noisy, img)[0]
+        return self.sampler(image, spacing, generator, np.random.RandomState(generator.initial_seed()))
 
 
 class RandFrequencyWeightedNoised(SeededTransformd):
@@ -334,12 +323,4 @@ class RandFrequencyWeightedNoised(SeededTransformd):
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
-        super().__init__(keys, RandFrequencyWeightedNoise(prob=1.0, **kwargs), prob, allow_missing_keys)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        self.randomize(None)
-        for key in self.key_iterator(d):
-            untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
-            d[key] = self.transform(untouched) if self._do_transform else untouched
-        return d
+        super().__init__(keys, RandFrequencyWeightedNoise(**kwargs), prob, allow_missing_keys)

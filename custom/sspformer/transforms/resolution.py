@@ -1,8 +1,8 @@
 """Lower resolution, as a scanner that reads fewer lines of k-space gives it (METHOD.md, degradations).
 
-:func:`reduce_resolution` is the pure, batched function; :class:`ResolutionSampler` draws its factors for a batch,
-:class:`RandReducedResolution` for one image and :class:`RandReducedResolutiond` for the entries of a dictionary. The
-degradation of the denoising task is the noise of :mod:`sspformer.transforms.noise`.
+:func:`sspformer.kspace.reduce_resolution` is the pure, batched function; :class:`ResolutionSampler` draws its factors
+for a batch, :class:`RandReducedResolution` for one image and :class:`RandReducedResolutiond` for the entries of a
+dictionary. The degradation of the denoising task is the noise of :mod:`sspformer.transforms.noise`.
 
 :class:`RandDownsampledCrop` makes the clean images of both tasks: scans have noise of their own, which fewer lines of
 k-space on a coarser grid leave behind.
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep, str2bool
+from monai.transforms import MapTransform, Randomizable, SpatialPad
+from monai.utils import convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
+from ..kspace import reduce_resolution
 from ..options import is_null
 from .noise import checked_range
 from .seeded import SeededTransform, SeededTransformd
@@ -37,62 +37,25 @@ __all__ = [
     "RandReducedResolution",
     "RandReducedResolutiond",
     "ResolutionSampler",
-    "keep_measured",
     "reduce_resolution",
 ]
 
 
-def reduce_resolution(image: Tensor, factors: Sequence[float] | Tensor) -> Tensor:
-    """The image as an acquisition with fewer k-space lines shows it, zero-filled to the same grid.
-
-    Along an axis of ``n`` voxels ``round(n / factor)`` lines are kept, at least one. Exactly
-    :func:`sspformer.kspace.fourier_resample` down to that many voxels and up again, but for each sample of a batch a
-    factor of its own, without waiting for the device.
-
-    Args:
-        image: real ``(B, C, *S)``.
-        factors: voxel size of the acquisition over that of the grid, for each axis; ``(len(S),)`` or
-            ``(B, len(S))``, 1 or more.
-
-    Returns:
-        ``(B, C, *S)``, float32. Beside sharp edges it rings, also below 0.
-
-    Raises:
-        ValueError: if the shape of ``factors`` does not fit.
-    """
-    axes, image = kspace.spatial_axes(image), image.float()
-    factors = torch.as_tensor(factors, dtype=torch.float32, device=image.device)
-    if factors.shape not in ((len(axes),), (image.shape[0], len(axes))):
-        raise ValueError(
-            f"factors have shape {tuple(factors.shape)}; for an image of shape {tuple(image.shape)} it must be "
-            f"({len(axes)},) or ({image.shape[0]}, {len(axes)})."
-        )
-    for axis, factor in zip(axes, factors.expand(image.shape[0], -1).unbind(dim=1)):
-        n = image.shape[axis]
-        lines = (n / factor).round().clamp(1, n).reshape(-1, *[1] * (image.ndim - 1))
-        half = torch.fft.rfft(image, dim=axis)
-        index = torch.arange(half.shape[axis], device=image.device).reshape(-1, *[1] * (-1 - axis))
-        # of the two terms at the Nyquist frequency of fewer lines, only the even part survives folding and splitting
-        half = torch.complex(half.real * (2 * index <= lines), half.imag * (2 * index < lines))
-        image = torch.fft.irfft(half, n=n, dim=axis)
-    return image
-
-
 class ResolutionSampler:
-    """Draws the factors of :func:`reduce_resolution` for every sample of a batch, and applies it.
+    """Draws factors for each sample of a batch, and applies :func:`reduce_resolution`.
 
     Args:
-        factor: voxel size of the acquisition over that of the grid, ``(low, high)``, drawn uniformly for each sample,
-            or one number; 1 or more.
-        patterns: which axes have it, drawn for each sample: ``isotropic``, all; ``through_plane``, one (a stack of
-            thick slices); ``in_plane``, all but one.
-        axis: the slice axis of ``through_plane`` and ``in_plane``, 0-based; None: drawn for each sample.
+        factor: voxel size of the acquisition over that of the grid, at least 1: a number, or a range ``(low, high)``
+            from which it is drawn uniformly for each sample.
+        patterns: which axes are reduced, drawn for each sample: ``isotropic``, all axes; ``through_plane``, one axis (a
+            stack of thick slices); ``in_plane``, all but one.
+        axis: slice axis of ``through_plane`` and ``in_plane``, from 0; None: drawn for each sample.
 
     Attributes:
         drawn: ``factor`` of each sample of the last batch along each axis, ``(B, len(S))``.
 
     Raises:
-        ValueError: if the range is not ordered or starts below 1, or a pattern is unknown.
+        ValueError: if the range is not ascending or starts below 1, or a pattern is unknown.
     """
 
     PATTERNS = ("isotropic", "through_plane", "in_plane")
@@ -110,7 +73,7 @@ class ResolutionSampler:
         self.axis = axis
 
     def factors(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Factors for a batch ``(B, C, *S)``, ``(B, len(S))``, on its device."""
+        """Draw factors ``(B, len(S))`` for a batch ``(B, C, *S)``, on its device."""
         n, n_axes = image.shape[0], image.ndim - 2
         draw = {"generator": generator, "device": image.device}
         low, high = self.factor
@@ -137,9 +100,9 @@ class ResolutionSampler:
 
         Args:
             image: clean images ``(B, C, *S)``.
-            spacing: not needed, the factors are relative; here so that it is called as the noise is.
+            spacing: not used; degradations share one signature.
             generator: on the image's device.
-            random_state: not needed, as ``spacing``.
+            random_state: not used.
         """
         self.drawn = {"factor": self.factors(image, generator)}
         return reduce_resolution(image, self.drawn["factor"])
@@ -157,14 +120,8 @@ class RandReducedResolution(SeededTransform):
         super().__init__(prob)
         self.sampler = ResolutionSampler(**kwargs)
 
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True, dtype=torch.float32)
-        if randomize:
-            self.randomize()
-        if not self._do_transform:
-            return img
-        reduced = self.sampler(img.as_subclass(Tensor)[None], generator=self.generator(img.device))[0]
-        return convert_to_dst_type(reduced, img)[0]
+    def apply(self, image: Tensor, spacing: Tensor | None, generator: torch.Generator) -> Tensor:
+        return self.sampler(image, spacing, generator)
 
 
 class RandReducedResolutiond(SeededTransformd):
@@ -178,40 +135,32 @@ class RandReducedResolutiond(SeededTransformd):
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
-        super().__init__(keys, RandReducedResolution(prob=1.0, **kwargs), prob, allow_missing_keys)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        self.randomize(None)
-        self.transform.randomize()
-        for key in self.key_iterator(d):
-            untouched = convert_to_tensor(d[key], track_meta=True, dtype=torch.float32)
-            d[key] = self.transform(untouched, randomize=False) if self._do_transform else untouched
-        return d
+        super().__init__(keys, RandReducedResolution(**kwargs), prob, allow_missing_keys, shared=True)
 
 
 class RandDownsampledCrop(Randomizable):
-    """A random crop of one image ``(C, *S)``, on a coarser grid: k-space is cropped and the voxels grow.
+    """A random crop of one image ``(C, *S)`` on a coarser grid, made by cropping k-space.
 
-    The scan's own noise falls with the square root of the voxels' volume, while the anatomy left is real: a cleaner
-    image than the scan, of more structure a voxel, and another one for each factor drawn. Where a crop ends its Fourier
-    transform wraps around, so it is taken with a few voxels more on each side.
+    The noise of the scan falls with the square root of the voxel volume, while the anatomy stays real. The crop is
+    therefore cleaner than the scan, has more structure in each voxel, and differs for each factor. It is taken a few
+    voxels larger and then trimmed, because a Fourier transform wraps around at the ends.
 
     Args:
-        roi_size: voxels of the crop, one number for each axis. A scan that is smaller is mirrored at its ends.
-        factor: voxel size afterwards over that of the scan, ``(low, high)``, drawn uniformly, or one number; 1 or more.
-        prob: share of the crops that are made coarser; the others keep the scan's voxels.
-        max_spacing: mm; axes with coarser voxels keep them. An image without spacing has voxels of 1 mm.
-        threshold: intensity above which a voxel is no air.
-        foreground: share of such voxels, from 0 to 1, that a crop is to have; the place is drawn anew up to ``TRIES``
-            times. Air is soon learnt, and a loss that counts all crops alike then looks at little else.
+        roi_size: voxels of the crop along each axis. A smaller scan is mirrored at its ends.
+        factor: voxel size of the crop over that of the scan, at least 1: a number, or a range ``(low, high)`` from
+            which it is drawn uniformly.
+        prob: share of the crops that become coarser; the others keep the scan's voxels.
+        max_spacing: mm; axes with larger voxels keep them. An image without spacing has voxels of 1 mm.
+        threshold: intensity above which a voxel is not air.
+        foreground: share of such voxels, 0 to 1, that a crop should have; its place is drawn again up to ``TRIES``
+            times. Air is learned soon, and would then dominate a loss that weighs all crops alike.
 
     Raises:
-        ValueError: if a side of the crop is not above 0, the range of factors is not ordered or starts below 1,
-            ``prob`` or ``foreground`` is no share, or an image has another number of axes than the crop.
+        ValueError: if ``roi_size`` is not above 0 or does not fit the image, the range of factors is not ascending or
+            starts below 1, or ``prob`` or ``foreground`` is outside [0, 1].
     """
 
-    WRAP = 4  # voxels of the coarser grid
+    WRAP = 4  # voxels of the coarser grid that are trimmed
     TRIES = 8
 
     def __init__(
@@ -233,7 +182,7 @@ class RandDownsampledCrop(Randomizable):
         self.threshold, self.foreground = threshold, foreground
 
     def randomize(self, data: Tensor) -> None:
-        """Draws the factor of each axis, and where in the scan the crop is."""
+        """Draw the factor of each axis and the place of the crop."""
         if data.ndim - 1 != len(self.roi_size):
             raise ValueError(f"roi_size {self.roi_size} does not fit an image of {data.ndim - 1} axes.")
         spacing = kspace.spacing_of(data)
@@ -256,24 +205,22 @@ class RandDownsampledCrop(Randomizable):
         img = convert_to_tensor(img, track_meta=True)
         if randomize:
             self.randomize(img)
-        crop = img.as_subclass(Tensor)[(slice(None), *self._window)].float()  # a scan may wait in half precision
-        inner, size, padding, step = [slice(None)], [], [(0, 0)], []
+        crop = img.as_subclass(Tensor)[(slice(None), *self._window)].float()  # cached scans have half precision
+        inner, size, before, step = [slice(None)], [], [], []
         for length, wanted, factor in zip(crop.shape[1:], self.roi_size, self._factors, strict=True):
             size.append(max(1, round(length / factor)))
             step.append(length / size[-1])
             kept = min(wanted, size[-1])
             first = (size[-1] - kept) // 2
             inner.append(slice(first, first + kept))
-            before = (wanted - kept) // 2
-            padding.append((before, wanted - kept - before))
+            before.append((wanted - kept) // 2)
         crop = kspace.fourier_resample(crop[None], size)[0][tuple(inner)]
-        if any(map(any, padding)):
-            crop = torch.from_numpy(np.pad(crop.cpu().numpy(), padding, mode="symmetric")).to(img.device)
+        crop = torch.as_tensor(SpatialPad(self.roi_size, mode="symmetric")(crop)).as_subclass(Tensor)
         if not isinstance(img, MetaTensor):
             return crop
-        # the first voxel of the crop, in voxels of the scan: neither resampling nor mirroring moves it
-        corner = [w.start + (i.start - p[0]) * s for w, i, p, s in zip(self._window, inner[1:], padding[1:], step)]
-        affine, axes = img.affine.clone(), len(step)  # an affine of MONAI is 4 x 4 in 2D, too
+        # first voxel of the crop, in voxels of the scan; resampling and mirroring do not move it
+        corner = [w.start + (i.start - b) * s for w, i, b, s in zip(self._window, inner[1:], before, step)]
+        affine, axes = img.affine.clone(), len(step)  # MONAI's affines are 4 x 4 in 2D, too
         affine[:axes, -1] += affine[:axes, :axes] @ torch.tensor(corner, dtype=affine.dtype)
         affine[:axes, :axes] *= torch.tensor(step, dtype=affine.dtype)
         return MetaTensor(crop, affine=affine)
@@ -283,7 +230,7 @@ class RandDownsampledCropd(Randomizable, MapTransform):
     """Dictionary twin of :class:`RandDownsampledCrop`; all keys get the same crop and factor.
 
     Args:
-        keys: entries to crop, of one grid.
+        keys: entries to crop, on one grid.
         allow_missing_keys: do not raise if a key is missing.
         kwargs: see :class:`RandDownsampledCrop`.
     """
@@ -304,41 +251,23 @@ class RandDownsampledCropd(Randomizable, MapTransform):
         return d
 
 
-def keep_measured(pred: Tensor, degraded: Tensor, factors: Tensor, margin: int = 0) -> Tensor:
-    """``pred`` with the k-space that ``degraded`` holds put back, the rest as predicted.
-
-    What was measured without noise is true, so this is an orthogonal projection towards the truth: over a whole scan it
-    can only lower the squared error. It is :func:`sspformer.kspace.data_consistency` for a factor of its own for each
-    sample, on the grid of the prediction.
-
-    Args:
-        pred: ``(B, C, *S)``.
-        degraded: ``(B, C, *S)`` of :func:`sspformer.transforms.reduce_resolution`.
-        factors: those that it was reduced by, ``(len(S),)`` or ``(B, len(S))``.
-        margin: voxels that were cut off each end after it was reduced, in which nothing is predicted.
-    """
-    residual = F.pad(pred.float() - degraded, [margin] * 2 * (pred.ndim - 2))
-    residual = residual - reduce_resolution(residual, factors)
-    return degraded + residual[(..., *(slice(margin, side - margin) for side in residual.shape[2:]))]
-
-
 class FourierResampled(MapTransform):
     """A scan on a finer grid over the same field of view, zero-filled in k-space: the input of super-resolution.
 
-    The affine follows, and the scan as it was is kept beside it, for :class:`DataConsistencyd`. There is no inverse:
-    the finer grid is what is asked for. It belongs right after loading, where axes and voxel 0 are the file's own.
+    The affine is updated, and the scan is kept for :class:`DataConsistencyd`. It belongs right after loading, where the
+    axes are the file's. There is no inverse, because the result should be on the finer grid.
 
     Args:
-        keys: entries to resample, MetaTensors ``(C, X, Y, Z)``.
-        factor: voxels after over voxels before, a number or one for each axis, 1 or more.
-        spacing: the voxel spacing wanted instead, mm, a number or one for each axis; the nearest that the field of view
-            is a whole number of. No axis gets coarser.
-        low_key: name of the entry that keeps the scan as it was, appended to the key.
+        keys: scans ``(C, X, Y, Z)``, MetaTensors.
+        factor: voxels after over voxels before, at least 1: a number, or one for each axis.
+        spacing: voxel spacing in mm instead of a factor: a number, or one for each axis. It is rounded so that a whole
+            number of voxels fills the field of view. No axis gets coarser.
+        low_key: name of the entry that keeps the scan.
         allow_missing_keys: do not raise if a key is missing.
 
     Raises:
-        ValueError: unless just one of ``factor`` and ``spacing`` is given (None, or a word for it, is not), a number or
-            three, each above 0 and no factor below 1.
+        ValueError: unless exactly one of ``factor`` and ``spacing`` is given, or a number is out of its range. None,
+            and "null" from a command line, count as not given.
     """
 
     def __init__(
@@ -375,7 +304,7 @@ class FourierResampled(MapTransform):
         return d
 
     def size(self, image: MetaTensor) -> np.ndarray:
-        """Voxels along each axis afterwards."""
+        """Voxels of the finer grid along each axis."""
         sides = np.array(image.shape[1:])
         if self.spacing is None:
             wanted = sides * np.array(self.factor)
@@ -385,7 +314,7 @@ class FourierResampled(MapTransform):
 
 
 def _three_numbers(name: str, value: Sequence[float] | float) -> tuple[float, ...]:
-    """A number, or one for each axis, as three; raises ``ValueError`` for anything else."""
+    """A number, or one for each axis, as three numbers; raises ``ValueError`` for anything else."""
     try:
         numbers = tuple(float(number) for number in ensure_tuple_rep(value, 3))
     except (TypeError, ValueError):
@@ -400,21 +329,20 @@ class DataConsistencyd(MapTransform):
 
     Args:
         keys: predictions ``(C, *S)``.
-        low_key: the scan as it was measured, on its own grid, with the prediction's orientation and intensity scale.
-        enabled: False: leave the predictions as they are.
-        resampled: whether the scan was on a coarser grid at all.
+        low_key: the measured scan on its own grid, with the prediction's orientation and intensity scale.
+        enabled: False: leave predictions as they are.
+        resampled: whether the scan was measured on a coarser grid.
 
     Raises:
-        ValueError: if it is enabled for a scan that was not.
+        ValueError: if it is enabled but the scan was not measured on a coarser grid.
     """
 
     def __init__(
         self, keys: KeysCollection, low_key: str = "low", enabled: bool = True, resampled: bool = True
     ) -> None:
         super().__init__(keys)
-        self.low_key = low_key
-        self.enabled = str2bool(enabled)  # the command line gives "false" as a string
-        if self.enabled and not resampled:
+        self.low_key, self.enabled = low_key, enabled
+        if enabled and not resampled:
             raise ValueError(
                 "data_consistency true is for super-resolution, which keeps the k-space that was measured; other tasks "
                 "have none to keep: leave --data_consistency out, or add configs/super_resolution.json."

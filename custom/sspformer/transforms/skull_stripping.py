@@ -1,4 +1,4 @@
-"""Skull stripping as an augmentation: the same head with and without what surrounds its labelled structures."""
+"""Skull stripping as an augmentation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["RandSkullStripd"]
 
 
 class RandSkullStripd(RandomizableTransform, MapTransform):
-    """Set an image to 0 outside its labelled structures and a few voxels around them.
+    """Set an image to 0 outside its labelled structures and a margin around them.
 
-    A network that has seen whole heads only takes the black around a stripped brain for anatomy. A crop without labels
+    A network that has only seen whole heads takes the black around a stripped brain for anatomy. A crop without labels
     becomes air.
 
     Args:
         keys: images ``(C, *S)``.
         label_key: their labels ``(1, *S)``, 0 for the background.
         prob: probability of applying it.
-        margin: voxels kept around the structures at the most; drawn from 0 to this.
+        margin: most voxels that are kept around the structures; drawn from 0 to this number.
         allow_missing_keys: do not raise if a key is missing.
     """
 

@@ -1,0 +1,1 @@
+"""Scripts that make the published figures; see README.md. Run them from the repository root, with ``python -m``."""

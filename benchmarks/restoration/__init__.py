@@ -1,0 +1,1 @@
+"""Quality of denoising and super-resolution on held-out heads."""

@@ -1,0 +1,1 @@
+"""The study of pretraining: protocol, runs, statistics, report."""

@@ -1,0 +1,316 @@
+"""The report of the study: from the rows of all runs to tables with intervals and a picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import RESULTS, read_csv, save_csv, save_figure
+from benchmarks.study.intervals import as_array, compare, interval, tables_of
+from benchmarks.study.protocol import (
+    ARMS,
+    ARTIFACTS,
+    COMPARISONS,
+    CURVES,
+    DEGRADATIONS,
+    EVERY,
+    LEVELS,
+    LONG,
+    MAIN,
+    N_DEGRADATIONS,
+    N_PRIMARY,
+    PAGE,
+    PEERS,
+    RESTORATION,
+    RESTORATION_PEERS,
+    ROBUSTNESS,
+    RUNNABLE,
+    SEEDS,
+    SHORT_TASK,
+    TASKS,
+)
+from benchmarks.study.runs import Study
+from sspformer.io import format_table
+
+
+def report(study: Study) -> None:
+    """Write the tables and pictures of the published rows, after replacing those of runs that are complete here.
+
+    So the tables need no run, and a study can go on on another machine.
+    """
+    clean, robust = collect(study)
+    pretrained = with_published("study_pretraining.csv", collect_pretraining(study), ["arm"])
+    clean = with_published("study_segmentation.csv", clean)
+    restored = with_published("study_restoration.csv", collect_restoration(study))
+    robust = with_published("study_robustness.csv", robust)
+    summaries: list[dict] = []
+    if pretrained:
+        publish(pretrained, "study_pretraining.csv")
+    if clean:
+        save_csv(RESULTS / "study_segmentation.csv", clean)
+        summaries += publish(compare(clean, ["task", "n_labels"], N_PRIMARY), "study_segmentation_summary.csv")
+        plot_labels(clean, CURVES)
+    if restored:
+        save_csv(RESULTS / "study_restoration.csv", restored)
+        every = mean_over(restored, "degradation", "gain", N_DEGRADATIONS)
+        summary = compare(every, ["task", "degradation"], N_PRIMARY, "gain", 3)
+        summary += compare(restored, ["task", "degradation"], None, "gain", 3)
+        summaries += publish(summary, "study_restoration_summary.csv")
+    if robust:
+        save_csv(RESULTS / "study_robustness.csv", robust)
+        # each subject's loss against its own scan without the artifact
+        key = ("task", "n_labels", "start", "seed", "subject")
+        before = {tuple(row[name] for name in key): row["dice"] for row in clean}
+        losses = [
+            {**row, "dice": row["dice"] - before[scan]}
+            for row in robust
+            if (scan := tuple(row[name] for name in key)) in before
+        ]
+        every = mean_over(losses, "artifact", "dice", {ROBUSTNESS[0]: len(ARTIFACTS)})
+        summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
+        summaries += publish(summary, "study_robustness_summary.csv")
+    PAGE.write_text(with_tables(PAGE.read_text(), page_tables(summaries, pretrained)))
+    print(f"tables written to {PAGE}")
+
+
+def collect_pretraining(study: Study) -> list[dict]:
+    """Last validation of the complete pretrainings: mean, lowest and highest over the seeds of an arm."""
+    summary = []
+    for arm in RUNNABLE:
+        seeds = [seed for seed in SEEDS if study.pretrain(arm, seed).complete()]
+        if not seeds:
+            continue
+        histories = [study.work_dir / "pretrain" / f"{arm}_{seed}" / "history.csv" for seed in seeds]
+        last = [read_csv(history)[-1] for history in histories]
+        line: dict[str, object] = {"arm": arm, "seeds": len(seeds)}
+        for name in ("masked_error", "high_frequency_error", "ssim"):
+            values = [float(row[name]) for row in last]
+            figures = {name: sum(values) / len(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+            line |= {key: round(value, 4) for key, value in figures.items()}
+        summary.append(line)
+    return summary
+
+
+def collect(study: Study) -> tuple[list[dict], list[dict]]:
+    """Mean Dice of every test subject in the complete runs, on scans as they are and on those with artifacts."""
+    clean, robust = [], []
+    for task in TASKS:
+        for run in sorted((study.work_dir / f"{task}_{TASKS[task]['steps']}").glob("*_*")):
+            n_labels, start, seed = run.name.split("_", 1)[0], *run.name.split("_", 1)[1].rsplit("_", 1)
+            for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
+                artifact = evaluation.parent.name.removeprefix("evaluation").removeprefix("_")
+                here = {"task": task, "n_labels": int(n_labels), "start": start, "seed": int(seed)}
+                rows = [
+                    {**here, "subject": row["name"], "dice": float(row["dice"])}
+                    for row in read_csv(evaluation)
+                    if row["structure"] == "mean"
+                ]
+                if artifact:
+                    robust += [{"artifact": artifact, **row} for row in rows]
+                else:
+                    clean += rows
+    return clean, robust
+
+
+def collect_restoration(study: Study) -> list[dict]:
+    """Gain in PSNR, dB, of every test subject in the complete runs, by degradation; the mean of its scans."""
+    lines = []
+    for task, (settings, _) in RESTORATION.items():
+        for file in sorted((study.work_dir / f"{task}_{settings['epochs']}").glob("*/quality.csv")):
+            start, seed = file.parent.name.rsplit("_", 1)
+            rows = read_csv(file)
+            gains: dict[tuple[str, str, str], list[float]] = {}
+            key = "level" if task == "denoising" else "degradation"
+            before = {(r["scan"], r[key]): r for r in rows if r["method"] in ("input", "zero-filled")}
+            for row in rows:
+                if row["method"] == start or (row["method"] == "cubic" and start == "scratch"):  # every file has it
+                    gain = float(row["psnr"]) - float(before[row["scan"], row[key]]["psnr"])
+                    gains.setdefault((row["method"], row[key], row["subject"]), []).append(gain)
+            for (method, degradation, subject), values in gains.items():
+                here = {"task": task, "degradation": degradation, "start": method, "seed": int(seed)}
+                lines.append({**here, "subject": subject, "gain": sum(values) / len(values)})
+    return lines
+
+
+def read_results(name: str) -> list[dict]:
+    """The rows of a CSV file in the results, without empty cells; none if there is no such file."""
+    texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed"}
+    kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds"), int)}
+    return [{k: kinds.get(k, float)(v) for k, v in row.items() if v} for row in read_csv(RESULTS / name)]
+
+
+def with_published(
+    name: str,
+    rows: Sequence[dict],
+    run: Sequence[str] = ("task", "n_labels", "degradation", "artifact", "start", "seed"),
+) -> list[dict]:
+    """Published rows of other runs, then these.
+
+    Args:
+        name: CSV file in the results.
+        rows: of the runs here.
+        run: columns that tell one run from another, as far as the rows have them.
+    """
+
+    def of(row: Mapping) -> tuple:
+        return tuple(row.get(column) for column in run)
+
+    here = {of(row) for row in rows}
+    return [*(row for row in read_results(name) if of(row) not in here), *rows]
+
+
+def publish(summary: list[dict], name: str) -> list[dict]:
+    """Write a summary to the results, print it and return it."""
+    save_csv(RESULTS / name, summary)
+    print(format_table(summary))
+    return summary
+
+
+def mean_over(rows: Sequence[dict], column: str, score: str, wanted: Mapping[str, int]) -> list[dict]:
+    """Average the runs that have all values of a column, as many as ``wanted`` by task; it becomes "mean of all"."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        group = tuple(value for name, value in row.items() if name not in (column, score))
+        groups.setdefault(group, []).append(row)
+    return [
+        {**group[0], column: "mean of all", score: sum(row[score] for row in group) / len(group)}
+        for group in groups.values()
+        if len(group) == wanted[group[0]["task"]]
+    ]
+
+
+def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str, str]:
+    """The tables of docs/study.md, in markdown, by their names there.
+
+    A cell has a mean, the 95 % interval of a difference, and the number of seeds in brackets where it is not three.
+    """
+    restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in LEVELS}}
+    groups = {
+        ("brain_structures", n): f"17 structures, {n} labelled, Dice" for n in TASKS["brain_structures"]["labels"]
+    }
+    groups |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in TASKS["hippocampus"]["labels"]}
+    groups |= {("denoising", key): f"denoising, {name}, dB" for key, name in restored.items()}
+    degradations = ("mean of all", *DEGRADATIONS)
+    groups |= {
+        ("super_resolution", key): f"super-resolution, {key.removesuffix(' of all')}, dB" for key in degradations
+    }
+    robust = [(*ROBUSTNESS, artifact) for artifact in (*ARTIFACTS, "mean of all")]
+    cells = {}
+    for row in summary:
+        group = tuple(row[name] for name in ("task", "n_labels", "degradation", "artifact") if name in row)
+        digits = 2 if row["task"] in RESTORATION else 3
+        text = f"{row['mean']:{'+' if ' - ' in row['arm'] else ''}.{digits}f}"
+        if " - " in row["arm"]:
+            text += f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+        cells[group, row["arm"]] = text + ("" if row["seeds"] == len(SEEDS) else f" ({row['seeds']})")
+
+    def table(rows: dict, columns: dict, by_arm: bool = False) -> str:
+        """Rows and columns map the key of a group, or the name of an arm, to a title."""
+        body = []
+        for row, name in rows.items():
+            line = [cells.get((column, row) if by_arm else (row, column), "") for column in columns]
+            if any(line[not by_arm :]):  # the first arm alone is no comparison
+                body.append([name, *line])
+        return markdown(["", *columns.values()], body)
+
+    def arms(*names: str) -> dict[str, str]:
+        return {name: name.replace("_", ", ") for name in names}
+
+    def against_peers(peers: Collection[str]) -> dict[str, str]:
+        return arms("scratch", *peers, *(f"{peer} - scratch" for peer in peers))
+
+    main = arms(*MAIN, "scheduled_long - scratch", "scheduled_long - random_long")
+    short = [arm for arm in ARMS if arm not in LONG]
+    pairs = [f"{a} - {b}" for a, b, _ in COMPARISONS if a in short]
+    levels = {key: name for key, name in groups.items() if key[0] == SHORT_TASK}
+    names = {
+        "masked_error": "all hidden patches",
+        "high_frequency_error": "quarter with the highest energy",
+        "ssim": "SSIM",
+    }
+    body = [
+        [row["arm"].replace("_", ", "), str(row["seeds"])]
+        + [
+            f"{row[key]:.4f}" + f" [{row[f'{key}_low']:.4f}, {row[f'{key}_high']:.4f}]" * (row["seeds"] > 1)
+            for key in names
+        ]
+        for row in pretrained
+    ]
+    return {
+        "main": table(groups, main),
+        "short": table(arms("scratch", *short, *pairs), levels, by_arm=True),
+        "segmentation peers": table(groups, against_peers(PEERS)),
+        "restoration peers": table(groups, against_peers((*RESTORATION_PEERS, "cubic"))),
+        "robustness": table({group: group[-1] for group in robust}, main),
+        "pretraining": markdown(["arm", "seeds", *names.values()], body),
+    }
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table without its empty columns."""
+    keep = [at for at in range(len(header)) if at == 0 or any(row[at] for row in body)]
+    rows = [header, ["---"] * len(header), *body]
+    return "".join("| " + " | ".join(row[at] for at in keep) + " |\n" for row in rows) if body else ""
+
+
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """Replace the tables of a page, each below a comment with its name; an empty one stays as it was."""
+    for name, table in tables.items():
+        place = re.compile(rf"(<!-- {name} -->\n\n)(\|.*\n)*")
+        if not place.search(page):
+            raise ValueError(f"the page has no place for the table: <!-- {name} -->")
+        page = place.sub(lambda match: match[1] + table, page) if table else page  # noqa: B023
+    return page
+
+
+def plot_labels(rows: Sequence[dict], path: Path) -> None:
+    """Draw Dice against the number of labelled subjects.
+
+    Lines and intervals take the seeds that the arms of `MAIN` have with every number of labels, as seeds differ by more
+    than arms. Pale points are single runs of all seeds.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    shown = [start for start in EVERY if any(row["start"] == start for row in rows)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        here = [row for row in rows if row["task"] == task]
+        labels = sorted({row["n_labels"] for row in here})
+        tables = {n: tables_of([row for row in here if row["n_labels"] == n], "dice") for n in labels}
+        _, common = as_array(*(tables[n].get(start, {}) for n in labels for start in MAIN))
+        starts = [start for start in shown if any(start in tables[n] for n in labels)]
+        for at, start in enumerate(starts):
+            shift = 1 + 0.04 * (at - (len(starts) - 1) / 2)  # so that intervals stand side by side
+            line = "-" if start in MAIN else ""
+            color = f"C{shown.index(start)}"  # the same in both panels
+            points = []
+            for n in labels:
+                if start in tables[n]:
+                    (values,), seeds = as_array(tables[n][start])
+                    axis.scatter([n * shift] * len(values), values.mean(axis=1), s=10, alpha=0.35, color=color)
+                    kept = values[[seed in common for seed in sorted(seeds)]]
+                    if len(kept):
+                        low, high = interval(kept)
+                        points.append((n * shift, mean := kept.mean(), mean - low, high - mean))
+            x, y, *spread = np.asarray(points).reshape(-1, 4).T
+            label = start.replace("_", ", ")
+            axis.errorbar(x, y, spread, fmt=line, marker="o", ms=4, capsize=2, lw=1.2, label=label, color=color)
+        axis.set_xscale("log")
+        axis.set_xlim(labels[0] / 1.3, labels[-1] * 1.3)
+        axis.set_xticks(labels, [str(n) for n in labels])
+        axis.minorticks_off()
+        seeds = f"seed{'s' * (len(common) > 1)} {', '.join(map(str, sorted(common)))}"
+        axis.set_title(f"{task.replace('_', ' ')} (lines: {seeds})", fontsize=10)
+        axis.set_xlabel("labelled subjects")
+        axis.set_ylabel("mean Dice of the test subjects")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    save_figure(figure, path, dpi=120)
+    plt.close(figure)

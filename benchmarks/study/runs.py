@@ -1,0 +1,342 @@
+"""The runs of the study: the bundle's own workflows, each in its own process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from benchmarks.common import ROOT, read_csv, read_manifest, subject_of
+from benchmarks.restoration.evaluation import training_scans
+from benchmarks.study.protocol import (
+    ARMS,
+    ARTIFACT_OVERLAY,
+    ARTIFACTS,
+    CONFIGS,
+    CROP,
+    EPOCHS,
+    LONG,
+    MAIN,
+    ONCE,
+    PEERS,
+    PRETRAINING,
+    RESCALING,
+    RESTORATION,
+    RESTORATION_PEERS,
+    ROBUSTNESS,
+    SHORT_TASK,
+    STAGES,
+    TASKS,
+)
+from sspformer.io import write_atomically
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of the matrix: its name, whether it is complete, and what does it."""
+
+    name: str
+    complete: Callable[[], bool]
+    run: Callable[[], None]
+
+
+class Study:
+    """The study's data and runs.
+
+    Args:
+        data: folder with manifest.csv.
+        work_dir: folder of the runs.
+        jobs: runs at a time, which share the CPU cores.
+    """
+
+    def __init__(self, data: Path, work_dir: Path, jobs: int) -> None:
+        self.data, self.work_dir = data.resolve(), work_dir.resolve()
+        self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def manifest(self) -> list[dict[str, str]]:
+        """Rows of manifest.csv."""
+        return read_manifest(self.data)
+
+    def datalist(
+        self, name: str, splits: dict[str, Sequence[str]], folders: Sequence[str], files: Collection[str] | None = None
+    ) -> Path:
+        """Write a datalist in the MSD's format, with labels where there are any.
+
+        Args:
+            name: of the file.
+            splits: the manifest's splits in each section.
+            folders: beginnings of the files' names.
+            files: take these alone; None: all.
+        """
+        items = {}
+        for section, wanted in splits.items():
+            rows = [row for row in self.manifest if row["split"] in wanted and row["file"].startswith(tuple(folders))]
+            items[section] = [self._item(row) for row in rows if files is None or row["file"] in files]
+        return keep(self.work_dir / f"{name}.json", json.dumps(items, indent=1))
+
+    def _item(self, row: dict[str, str]) -> dict[str, str]:
+        item = {"image": os.path.relpath(self.data / row["file"], self.work_dir), "subject": subject_of(row)}
+        label = self.data / row["file"].replace("/images/", "/labels/")
+        if "/images/" in row["file"] and label.is_file():
+            item["label"] = os.path.relpath(label, self.work_dir)
+        return item
+
+    # -- workflows ----------------------------------------------------------------------------------------------------
+
+    def bundle(self, run_id: str, config: str, overlays: Sequence[str], options: Sequence[str], output: Path) -> None:
+        """Run one of the bundle's workflows in its own process; log and seconds go to its output folder."""
+        output.mkdir(parents=True, exist_ok=True)
+        log = output / f"{config}.log"
+        files = [str(file) if Path(file).suffix else f"configs/{file}.json" for file in (config, *overlays)]
+        command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
+        command += ["--meta_file", "configs/metadata.json", "--logging_file", "configs/logging.conf"]
+        command += [*options, "--output_dir", str(output)]
+        start = time.perf_counter()
+        self.process(command, log)
+        with (output / "seconds.csv").open("a") as file:
+            file.write(f"{config},{time.perf_counter() - start:.0f}\n")
+
+    def process(self, command: Sequence[str | Path], log: Path) -> None:
+        """Run a command in the bundle's folder, on this run's share of the cores, and log its output."""
+        path = [str(ROOT / "custom"), str(ROOT), os.environ.get("PYTHONPATH")]
+        variables = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": str(self.threads)}
+        with log.open("a") as file:
+            result = subprocess.run(
+                command, cwd=ROOT / "bundle", env={**os.environ, **variables}, stdout=file, stderr=file
+            )
+        if result.returncode:
+            raise RuntimeError(f"failed, see {log}:\n{''.join(log.read_text().splitlines(True)[-5:])}")
+
+    def pretrain(self, arm: str, seed: int) -> Cell:
+        """The pretraining of an arm."""
+        options, share = ARMS[arm]
+        overlays, options = [o for o in options if o.endswith(".json")], [o for o in options if not o.endswith(".json")]
+        epochs = round(EPOCHS * share)
+        output = self.work_dir / "pretrain" / f"{arm}_{seed}"
+
+        def run() -> None:
+            lists = self.datalist("pretrain", *PRETRAINING)
+            fixed = {
+                "dataset_dir": lists,
+                "cache_dir": self.work_dir / "cache",
+                "image_size": [CROP] * 3,
+                "crops_per_scan": 1,
+                "epochs": epochs,
+                "val_interval": max(1, epochs // 4),
+                "learning_rate": 0.001,
+                "seed": seed,
+            }
+            self.bundle("training", "pretrain", overlays, [*as_options(fixed), *options], output)
+
+        def complete() -> bool:  # a run writes its last encoder after the last row of its history
+            history, encoder = output / "history.csv", output / "models" / "pretrained" / "encoder.pt"
+            written = encoder.is_file() and encoder.stat().st_mtime >= history.stat().st_mtime
+            return epochs_done(output) >= epochs and written
+
+        return Cell(f"pretrain {arm} {seed}", complete, run)
+
+    def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
+        """Fine-tuning from an arm's encoder or from ``scratch``, or a peer's training; then Dice of test subjects."""
+        setup, output = TASKS[task], self.run_of(task, n_labels, start, seed)
+        peer = start in PEERS
+        steps = round(setup["steps"] / PEERS[start][task]) if peer else setup["steps"]
+        overlays = [*setup["overlays"], *([CONFIGS / f"{start}.json"] if peer else [])]
+
+        def run() -> None:
+            options = {"pretrained": self.encoder(start, seed), "max_val_scans": 4}
+            self.fine_tune(task, n_labels, seed, steps, overlays, options, output)
+            self.evaluate(task, overlays, output, output / "evaluation")
+
+        return Cell(f"segment {task} {n_labels} {start} {seed}", (output / "evaluation" / "metrics.csv").is_file, run)
+
+    def fine_tune(
+        self,
+        task: str,
+        n_labels: int,
+        seed: int,
+        steps: int,
+        overlays: Sequence[str | Path],
+        options: dict[str, object],
+        output: Path,
+    ) -> None:
+        """Train a segmentation for about so many steps, and validate at the end."""
+        crops, epochs = schedule(task, n_labels, steps)
+        if epochs_done(output) >= epochs:
+            return
+        options = {
+            "dataset_dir": self.labelled(task),
+            "seed": seed,
+            "batch_size": TASKS[task]["batch"],
+            "max_subjects": n_labels,
+            "crops_per_scan": crops,
+            "epochs": epochs,
+            "val_interval": epochs,
+            "cache_dir": self.work_dir / "cache",
+            **options,
+        }
+        self.bundle("training", "train", overlays, as_options(options), output)
+
+    def restore(self, task: str, start: str, seed: int) -> Cell:
+        """Training of denoising or super-resolution, with the same starts; then PSNR of the test scans."""
+        settings, evaluation = RESTORATION[task]
+        peer = start in RESTORATION_PEERS
+        crops = settings["crops_per_scan"]
+        crops = max(1, round(crops / RESTORATION_PEERS[start][task])) if peer else crops
+        output = self.work_dir / f"{task}_{settings['epochs']}" / f"{start}_{seed}"
+
+        def run() -> None:
+            if epochs_done(output) < settings["epochs"]:
+                options = {
+                    **settings,
+                    "dataset_dir": self.restoration_list(task),
+                    "seed": seed,
+                    "pretrained": self.encoder(start, seed),
+                    "crops_per_scan": crops,
+                    "val_interval": settings["epochs"],
+                    "max_val_scans": 3,
+                    "cache_dir": self.work_dir / "cache",
+                }
+                overlays = [task, *([CONFIGS / f"{start}.json"] if peer else [])]
+                self.bundle("training", "train", overlays, as_options(options), output)
+            command = [sys.executable, "-m", f"benchmarks.restoration.{task}", "--data", self.data, *evaluation]
+            part = output / "quality.part.csv"
+            command += ["--weights", f"{start}={output / 'models' / 'model.pt'}", "--output", part]
+            self.process(command, output / "evaluation.log")
+            part.replace(output / "quality.csv")
+
+        return Cell(f"restore {task} {start} {seed}", (output / "quality.csv").is_file, run)
+
+    def labelled(self, task: str) -> Path:
+        """Datalist of a segmentation."""
+        return self.datalist(task, TASKS[task]["splits"], [f"{task}/images/"])
+
+    def restoration_list(self, task: str) -> Path:
+        """Datalist of a restoration's training."""
+        files = {row["file"] for row in training_scans(self.data, task)}
+        return self.datalist(task, {"training": ["train"]}, PRETRAINING[1], files)
+
+    def robustness(self, task: str, n_labels: int, start: str, seed: int, artifact: str) -> Cell:
+        """Dice of a fine-tuned network on test scans with an artifact."""
+        output = self.run_of(task, n_labels, start, seed)
+        target = output / f"evaluation_{artifact}"
+
+        def run() -> None:
+            changes = ARTIFACT_OVERLAY | {"+preprocessing": [ARTIFACTS[artifact], RESCALING]}
+            overlay = keep(self.work_dir / "artifacts" / f"{artifact}.json", json.dumps(changes))
+            self.evaluate(task, [*TASKS[task]["overlays"], overlay], output, target)
+
+        return Cell(f"robustness {task} {n_labels} {start} {seed} {artifact}", (target / "metrics.csv").is_file, run)
+
+    def evaluate(self, task: str, overlays: Sequence[str | Path], run: Path, output: Path) -> None:
+        """Score the test subjects of a task, by Dice alone."""
+        options = {
+            "dataset_dir": self.labelled(task),
+            "weights": run / "models" / "model.pt",
+            "max_pictures": 1,
+            "additional_metrics": "{}",
+        }
+        self.bundle("evaluating", "evaluate", overlays, as_options(options), output)
+
+    def run_of(self, task: str, n_labels: int, start: str, seed: int) -> Path:
+        """Output folder of a fine-tuning."""
+        return self.work_dir / f"{task}_{TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
+
+    def encoder(self, arm: str, seed: int) -> Path | str:
+        """The encoder of an arm's pretraining; ``null`` for scratch and for peers, which start from random weights.
+
+        Raises:
+            RuntimeError: if the pretraining is not complete.
+        """
+        if arm not in ARMS:
+            return "null"
+        seed = 0 if arm in LONG else seed
+        if not (pretraining := self.pretrain(arm, seed)).complete():
+            raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --arms {arm} --seeds {seed}")
+        return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
+
+
+def keep(path: Path, text: str) -> Path:
+    """Write a text file that other runs may read or write at the same time."""
+    if not path.is_file() or path.read_text() != text:
+        write_atomically(path, text)
+    return path
+
+
+def as_options(settings: dict[str, object]) -> list[str]:
+    """Command-line options of a workflow."""
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def schedule(task: str, n_labels: int, steps: int) -> tuple[int, int]:
+    """Crops per scan, and epochs; an epoch has about 50 steps, or one crop of each subject."""
+    batch = TASKS[task]["batch"]
+    crops = max(1, round(50 * batch / n_labels))
+    return crops, max(1, round(steps / -(-n_labels * crops // batch)))
+
+
+def epochs_done(output: Path) -> int:
+    """Epochs in the history of a run."""
+    return max((int(float(row["epoch"])) for row in read_csv(output / "history.csv")), default=0)
+
+
+def run_all(cells: Sequence[Cell], jobs: int) -> list[str]:
+    """Run the cells that are not complete, ``jobs`` at a time; return the names of those that failed."""
+    left = [cell for cell in cells if not cell.complete()]
+    print(f"{len(cells) - len(left)} of {len(cells)} runs are complete", flush=True)
+    lock, start = threading.Lock(), time.perf_counter()
+    done: list[str] = []
+    failed: list[str] = []
+
+    def one(cell: Cell) -> None:
+        begin = time.perf_counter()
+        try:
+            cell.run()
+            outcome = f"{time.perf_counter() - begin:.0f} s"
+        except Exception as error:  # the others may still go well
+            failed.append(cell.name)
+            outcome = f"FAILED: {error}"
+        with lock:
+            done.append(cell.name)
+            minutes = (time.perf_counter() - start) / 60
+            print(f"[{len(done)}/{len(left)}, {minutes:.0f} min] {cell.name}: {outcome}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, left))
+    return failed
+
+
+def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
+    """The runs of every stage, in the order of the protocol: all of one seed, then the next."""
+    cells: dict[str, list[Cell]] = {stage: [] for stage in STAGES}
+    cells["pretrain"] += [study.pretrain(arm, 0) for arm in args.arms if arm in LONG]
+    for seed in args.seeds:
+        every = args.full or seed == 0
+        arms = [arm for arm in args.arms if every or arm not in ONCE]
+        cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if arm not in LONG]
+        for task in args.tasks:
+            for n_labels in TASKS[task]["labels"]:
+                starts = [start for start in ("scratch", *arms) if args.full or start in MAIN]
+                if args.full or (every and n_labels == TASKS[task]["labels"][-1]):
+                    starts += args.peers
+                cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
+        for task in RESTORATION:
+            starts = [start for start in ("scratch", *arms) if args.full or start in MAIN or task == SHORT_TASK]
+            starts += RESTORATION_PEERS if every else ()
+            cells["restore"] += [study.restore(task, start, seed) for start in starts]
+        task, n_labels = ROBUSTNESS
+        for start in ("scratch", *arms) if task in args.tasks else ():
+            if args.full or start in MAIN:
+                cells["robustness"] += [study.robustness(task, n_labels, start, seed, name) for name in ARTIFACTS]
+    return cells

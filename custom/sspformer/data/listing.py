@@ -1,0 +1,186 @@
+"""The files of a data set: in a folder, or in the lists of a JSON file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..io.files import NIFTI_NAME, NIFTI_SUFFIX, stem, write_atomically
+
+__all__ = [
+    "existing",
+    "has_lists",
+    "is_dicom",
+    "nifti_files",
+    "pair_folders",
+    "read_datalist",
+    "read_json",
+    "scan_files",
+    "walk",
+    "write_datalist",
+]
+
+SPLITS = ("training", "validation", "test")  # the lists of a datalist
+PAIRED_FOLDERS = (("images", "labels", ""), ("imagesTr", "labelsTr", ""), ("imagesTs", "labelsTs", "test"))
+
+
+def existing(path: Path) -> Path:
+    """The path of a data set; raises `FileNotFoundError`, with the name that may have been meant, if it is missing."""
+    if not path.exists():
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f" Did you mean {path.parent / close[0]}?" if close else ""
+        raise FileNotFoundError(f"dataset_dir {path} does not exist.{hint}")
+    return path
+
+
+def walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
+    """Every file below a folder, sorted; no hidden ones, no DICOMDIR, no folder twice (links may form loops)."""
+    seen = {os.path.realpath(skip)} if skip else set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in sorted(files) if name[0] != "." and name.upper() != "DICOMDIR")
+
+
+def scan_files(folder: Path, skip: Path | None = None) -> Iterator[Path]:
+    """As `walk`; of an .hdr/.img pair only the .hdr."""
+    return (path for path in walk(folder, skip) if (nifti_files(path) or [path])[0] == path)
+
+
+def nifti_files(path: Path) -> list[Path]:
+    """The files of the NIfTI scan to which a path belongs: itself, or .hdr and .img; empty if it is no NIfTI."""
+    if NIFTI_NAME.search(path.name):
+        return [path]
+    pair = [path.with_suffix(".hdr"), path.with_suffix(".img")]
+    return pair if path in pair and all(file.exists() for file in pair) else []
+
+
+def is_dicom(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def pair_folders(root: Path) -> tuple[dict[Path, dict], list[Path]]:
+    """Images in a folder such as images/, and the label maps in labels/ that have no image.
+
+    Each image has the fields that its `Scan` gets: "split", and the "label_map" of the same relative path, present or
+    not, unless it is in the test split, whose images need none.
+    """
+    files: dict[Path, dict] = {}
+    orphans: list[Path] = []
+    for images, labels, split in PAIRED_FOLDERS:
+        images, labels = root / images, root / labels
+        if not images.is_dir() or not (labels.is_dir() or split):
+            continue
+        maps = {_case(path, labels): path for path in scan_files(labels) if NIFTI_SUFFIX.search(path.name)}
+        used = set()
+        for path in scan_files(images):
+            known = {"split": split}
+            if NIFTI_SUFFIX.search(path.name):
+                case = _case(path, images)
+            elif is_dicom(path):
+                case = path.relative_to(images).parent.as_posix()
+            else:
+                continue
+            without_channel, _, channel = case.rpartition("_")
+            if case not in maps and without_channel in maps and re.fullmatch(r"\d{4}", channel):
+                case = without_channel
+                if channel != "0000":
+                    known["reason"] = "a further channel: choose one for each label map in a dataset.json"
+            if case in maps or not split:
+                known["label_map"] = maps.get(case, labels / f"{case.removesuffix('_0000')}.nii.gz")
+            used.add(case)
+            files[path] = known
+        orphans += [path for case, path in maps.items() if case not in used]
+    return files, orphans
+
+
+def _case(path: Path, folder: Path) -> str:
+    return stem(path.relative_to(folder).as_posix())
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; empty if there is no such file.
+
+    Raises:
+        ValueError: naming the file, when it holds something else.
+    """
+    try:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"the datalist {file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f'the datalist {file} must hold a JSON object with lists such as "training".')
+    return content
+
+
+def has_lists(content: Mapping) -> bool:
+    """Whether the content of a dataset.json lists scans (nnU-Net's of version 2 does not)."""
+    return any(isinstance(content.get(split), list) for split in SPLITS)
+
+
+def read_datalist(file: Path, with_labels: bool = False) -> dict[Path, dict]:
+    """The files that a datalist names, each with the fields that its `Scan` gets: "split", "subject", "reason", ...
+
+    Args:
+        file: JSON; its paths are relative to its folder.
+        with_labels: read the "label" of each item as the "label_map" of its image.
+    """
+    lists = read_json(file)
+    if not has_lists(lists):
+        raise ValueError(
+            f'the datalist {file} needs a list "training" of {{"image": path}} (and may have "validation" and "test").'
+        )
+    found: dict[Path, dict] = {}
+    for split in SPLITS:
+        # without a list "validation", be it empty, "training" is still to be split
+        is_split = split == "test" or isinstance(lists.get("validation"), list)
+        for item in lists.get(split) or []:
+            item = item if isinstance(item, dict) else {"image": item}
+            images = [item.get("image")] if isinstance(item.get("image"), str) else item.get("image")
+            if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+                raise ValueError(f'the datalist {file}: the item {item} of "{split}" has no "image" path.')
+            known = {"split": split if is_split else "", "subject": str(item.get("subject", ""))}
+            if with_labels and isinstance(item.get("label"), str):
+                known["label_map"] = file.parent / item["label"]
+            if with_labels and len(images) > 1 and any(map(NIFTI_SUFFIX.search, images)):
+                known["reason"] = 'several channels: its "image" must be one file'
+            for path in (file.parent / image for image in images):
+                for one in walk(path) if path.is_dir() else [_first_channel(path)]:
+                    if one in found:
+                        raise ValueError(f'the datalist {file} lists {one} twice, the second time in "{split}".')
+                    found[one] = dict(known)
+    return found
+
+
+def _first_channel(image: Path) -> Path:
+    """The file that nnU-Net (version 1) means, whose dataset.json lists `x_0000.nii.gz` as `x.nii.gz`."""
+    first = image.with_name(NIFTI_SUFFIX.sub(r"_0000\g<0>", image.name))
+    return first if first.exists() and not image.exists() else image
+
+
+def write_datalist(lists: Mapping[str, list[dict]], file: Path) -> None:
+    """Writes the split as a datalist, so that later runs hold out the same scans.
+
+    Where the same scans serve for training and validation, the list "validation" is left out: a datalist may name a
+    file once, and without the list a later run lets them serve for both again.
+    """
+    content = {}
+    for split, items in lists.items():
+        if split != "validation" or items != lists["training"]:
+            files = {str(item["image"]): item for item in items}  # a 4D file has an item for each volume
+            keys = ("image", "label", "subject")
+            content[split] = [{key: item[key] for key in keys if key in item} for item in files.values()]
+    write_atomically(file, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,95 @@
+"""The options of a data set."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..options import flag, is_null
+
+__all__ = ["DatasetOptions"]
+
+
+def _integer(value: object) -> int:
+    return int(str(value))  # int() alone would take 2.7
+
+
+def _or_none(convert: Callable) -> Callable:
+    return lambda value: None if is_null(value) else convert(value)
+
+
+CONVERSIONS = {
+    "dataset_dir": lambda value: Path(value).absolute(),
+    "output_dir": _or_none(Path),
+    "classes": _or_none(lambda value: value),
+    "val_fraction": float,
+    "seed": _integer,
+    "max_subjects": _or_none(_integer),
+    "skip_unreadable": flag,
+    "subject_pattern": _or_none(lambda value: re.compile(str(value)).pattern),
+    "min_size": _integer,
+    "max_volumes": _integer,
+    "num_workers": lambda value: max(1, _integer(value)),
+}
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """What the functions ``prepare_*`` need to know of a data set.
+
+    Values may come as a command line gives them: "null" for None, "false" for False. Nothing is read yet.
+
+    Args:
+        dataset_dir: the data set, see :mod:`sspformer.data`.
+        output_dir: gets ``scans.csv`` (a row for each scan), ``datalist.json`` (the split, a ``dataset_dir`` for later
+            runs) and ``scan_check.json`` (spares unchanged files another reading). None: nothing is written.
+        classes: the values that label maps may hold: n for 0 to n - 1, or a mapping such as {"0": "background", ...} or
+            nnU-Net's {"background": 0, ...}. None: the "labels" of dataset.json if it has them, else any integers.
+        val_fraction: fraction of the subjects to validate on, in [0, 1), unless the data set has a list "validation".
+            Above 0 it means one subject at least; a single subject serves for both, with a warning.
+        seed: of the split and of the choice of ``max_subjects``. The same subjects and seed give the same split.
+        max_subjects: train on this many subjects, drawn from those to train on. A smaller number draws a subset of a
+            larger one. None: all.
+        skip_unreadable: continue without unusable scans instead of raising.
+        subject_pattern: regular expression, searched in each path relative to the data set; its first group, or else
+            the whole match, is the subject. None: BIDS names, DICOM's PatientID (hashed) or a guess from the path.
+        min_size: fewest voxels along each side.
+        max_volumes: most volumes of a 4D file, evenly spaced.
+        num_workers: threads that read.
+
+    Raises:
+        ValueError: naming an option of the wrong type or out of its range.
+    """
+
+    dataset_dir: str | os.PathLike
+    output_dir: str | os.PathLike | None = None
+    classes: int | Mapping | None = None
+    val_fraction: float = 0.15
+    seed: int = 0
+    max_subjects: int | None = None
+    skip_unreadable: bool = False
+    subject_pattern: str | None = None
+    min_size: int = 8
+    max_volumes: int = 4
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, convert in CONVERSIONS.items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, convert(value))  # the class is frozen for everybody else
+            except (TypeError, ValueError, re.error) as error:
+                raise ValueError(f"{name} cannot be {value!r}: {error}") from error
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}.")
+        for name, least in {"min_size": 2, "max_volumes": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+    @property
+    def root(self) -> Path:
+        """The folder of the data set."""
+        return self.dataset_dir if self.dataset_dir.is_dir() else self.dataset_dir.parent
