@@ -67,7 +67,7 @@ class TrainStep:
         inputs, targets = _plain(inputs), _plain(targets)
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
-        loss = self._backward(inputs, targets, args, kwargs)
+        loss = self.backward(inputs, targets, args, kwargs)
         engine.state.output = {"loss": loss}
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
@@ -76,7 +76,7 @@ class TrainStep:
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 
-    def _backward(self, *batch) -> Tensor:
+    def backward(self, *batch) -> Tensor:
         """Gradients of the parameters, and the loss without them."""
         if self._compiled is None:
             wanted = batch[0].device.type == "cuda" if self.compile == "auto" else self.compile
