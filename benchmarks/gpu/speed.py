@@ -190,14 +190,8 @@ def loader(bench: Bench, folder: Path, crop: int, batch: int, scans: int, epochs
     shape = (100, 120, 100) if bench.device.type == "cuda" else (24, 24, 24)
     items = [{"image": MetaTensor(torch.rand(1, *shape).half())} for _ in range(scans)]
     sampler = CropSampler((crop,) * 3, scale=(0.75, 1.33), rotate=0.2, flip_prob=0.5)
-    made = DeviceLoader(
-        Dataset(items),
-        sampler,
-        batch,
-        bench.device,
-        crops_per_scan=-(-20 * batch // scans),
-        augmentation=[BatchedContrast()],
-    )
+    per_scan = -(-20 * batch // scans)
+    made = DeviceLoader(Dataset(items), sampler, batch, bench.device, per_scan, augmentation=[BatchedContrast()])
     network = MaskedAutoencoder(SSPFormerEncoder(patch_size=8)).to(bench.device)
     step = TrainStep(network, MaskedReconstructionLoss(8))
     prepare = PrepareMaskedBatch(InverseFrequencyMask(8), NoiseSampler())
