@@ -180,12 +180,6 @@ def quartiles(values: np.ndarray, name: str, digits: int = 5) -> dict[str, float
     return {f"{name}_median": round(median, digits), f"{name}_q1": round(q1, digits), f"{name}_q3": round(q3, digits)}
 
 
-def range_text(columns: Mapping[str, object], name: str, scale: float = 1.0, digits: int = 2) -> str:
-    """``median [q1, q3]`` of the columns of :func:`quartiles`."""
-    median, q1, q3 = (float(columns[f"{name}_{part}"]) * scale for part in ("median", "q1", "q3"))
-    return f"{median:.{digits}f} [{q1:.{digits}f}, {q3:.{digits}f}]"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts, files, tables
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,14 +25,14 @@ HIPPOCAMPUS = {
     "batch_size": 4,
     "val_interval": 10,
     "layer_decay": 0.75,
-    "max_val_scans": 52,
+    "validate#max_scans": 52,
 }
 #: model: workflow, overlays, and options of each stage, which starts from the weights of the one before
 MODELS = {
     "pretrained": (
         "pretrain",
         [],
-        [{"image_size": [64, 64, 64], "crops_per_scan": 1, "epochs": 300, "learning_rate": 0.001, "beta": 0.5}],
+        [{"crop_size": [64, 64, 64], "crops_per_scan": 1, "epochs": 300, "learning_rate": 0.001, "beta": 0.5}],
     ),
     "brain_structures": (
         "train",
@@ -43,18 +43,11 @@ MODELS = {
             {"epochs": 15, "crops_per_scan": 2, "val_interval": 5, "layer_decay": 0.75, "learning_rate": 0.001},
         ],
     ),
-    "hippocampus": (
-        "train",
-        ["hippocampus"],
-        [
-            HIPPOCAMPUS,
-            {**HIPPOCAMPUS, "learning_rate": 0.001},
-        ],
-    ),
-    "denoising": ("train", ["denoising"], [{"epochs": 36, "val_interval": 9}]),
+    "hippocampus": ("train", ["hippocampus"], [HIPPOCAMPUS, {**HIPPOCAMPUS, "learning_rate": 0.001}]),
+    "denoising": ("train", ["restoration", "denoising"], [{"epochs": 36, "val_interval": 9}]),
     "super_resolution": (
         "train",
-        ["super_resolution"],
+        ["restoration", "super_resolution"],
         [{"epochs": 36, "crops_per_scan": 64, "val_interval": 9}],
     ),
 }
@@ -80,7 +73,7 @@ def main() -> None:
         trained = ENCODER
         for stage, options in enumerate(stages, start=1):
             output = study.work_dir / (model if stage == 1 else f"{model}_{stage}")
-            start = {} if workflow == "pretrain" else {"pretrained": trained, "max_val_scans": 5}
+            start = {} if workflow == "pretrain" else {"pretrained": trained, "validate#max_scans": 5}
             options = {"dataset_dir": datalist(study, model), **start, **options}
             print(f"{model}, stage {stage} of {len(stages)}: see {output / f'{workflow}.log'}", flush=True)
             study.bundle("training", workflow, overlays, as_options(options), output)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from monai.bundle import ConfigParser
 
-WORKFLOWS = ("train", "evaluate", "inference")
+WORKFLOWS = ("train", "inference")
 
 
 def main(bundle: Path, overlay: str, target: Path) -> None:
@@ -28,13 +28,15 @@ def main(bundle: Path, overlay: str, target: Path) -> None:
             names = sorted(path.parent.name for path in bundle.glob("models/*/model.pt"))
             sys.exit(f"error: {path} does not exist; overlays with weights in {bundle}: {', '.join(names) or 'none'}.")
     changes = json.loads(config.read_text())
-    if changes.get("task") != "segmentation":
+    if changes.get("name", "segmentation") != "segmentation":
         sys.exit(f"error: {overlay}.json is no segmentation, and MONAI Label takes label maps alone.")
     if target.exists():
         sys.exit(f"error: {target} exists: give another folder, or remove it.")
 
-    # overlays have a task, and weights that are left out; the documentation is about the weights that are left out
-    tasks = {path.name for path in bundle.glob("configs/*.json") if "task" in json.loads(path.read_text())}
+    # overlays of tasks and the documentation are about weights that are left out
+    of_task = {"name", "class_names"}
+    configs = {path.name: json.loads(path.read_text()) for path in bundle.glob("configs/*.json")}
+    tasks = {name for name, entries in configs.items() if name != "metadata.json" and of_task & entries.keys()}
     made = {"output", "demo_data", "demo_head", "__pycache__"}
     left_out = {"models", "docs", *made, *tasks - {f"{name}.json" for name in WORKFLOWS}}
     shutil.copytree(bundle, target, ignore=shutil.ignore_patterns(*left_out))

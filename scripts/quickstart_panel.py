@@ -33,7 +33,7 @@ def evaluated(folder: Path) -> list[Path]:
     return [picture for name in names if (picture := folder / "pictures" / f"{name}.png").is_file()]
 
 
-def main(output_dir: Path, tasks: Sequence[str]) -> None:
+def main(output_dir: Path, tasks: Sequence[str]) -> Path:
     epochs = sorted((output_dir / "pretrain" / "pictures").glob("epoch_*.png"), key=lambda path: path.stat().st_mtime)
     groups = [("Pretraining: hidden patches of held-out scans, redrawn", epochs[-1:])]
     for task in tasks:
@@ -55,11 +55,11 @@ def main(output_dir: Path, tasks: Sequence[str]) -> None:
         axis.set_title(title, loc="left", fontsize=13, fontweight="bold")
         axis.axis("off")
     figure.savefig(output_dir / "quickstart.png", dpi=110)
-    print(output_dir / "quickstart.png")
+    return output_dir / "quickstart.png"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="of quickstart.sh")
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of this run (default: {' '.join(TASKS)})")
-    main(**vars(parser.parse_args()))
+    print(main(**vars(parser.parse_args())))

@@ -1,53 +1,109 @@
-"""What train.json, evaluate.json and inference.json say of the same thing must be the same, with every overlay.
+"""The configs as text: short enough to read at once, and of one mind.
 
-Read as text, without building anything: a network is only right with the preprocessing it was trained with."""
+train.json, evaluate.json and inference.json say the same of the same thing, with every overlay: a network is only right
+with the preprocessing it was trained with. Nothing is built here."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser
 
-CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "bundle" / "configs"
+FILES = sorted(set(CONFIGS.glob("*.json")) - {CONFIGS / "metadata.json"})
 WORKFLOWS = ("train", "evaluate", "inference")
-OVERLAYS = ("hippocampus", "tissues", "denoising", "super_resolution")
+OVERLAYS = [["hippocampus"], ["restoration", "denoising"], ["restoration", "super_resolution"]]
 #: entries with a default of their own in a workflow: what is read and written, and how fast
 OWN = {
-    *("imports", "class_names", "dataset_dir", "output_dir", "skip_unreadable", "num_workers", "sw_batch_size"),
-    *("settings", "initialize", "finalize", "run", "network", "validate"),  # the network of train.json is pretrained
+    *("dataset_dir", "output_dir", "data_options", "num_workers", "initialize", "finalize", "run"),
+    *("network", "validate", "panel"),  # the network of train.json is pretrained; a panel is of an epoch or a subject
     *("dataset", "handlers", "evaluator"),  # by MONAI's names, of what validate holds in evaluate.json
-    *("keys", "val_postprocessing", "key_metric", "additional_metrics"),  # labels; scores on the label's own grid
+    "keys",  # a label goes with the image only in training
 }
-NEEDED = {"task", "spatial_dims", "spacing", "roi_size", "overlap", "network_def", "preprocessing", "inferer", "amp"}
+NEEDED = {"name", "weights", "spacing", "crop_size", "roi_size", "encoder", "network_def", "preprocessing", "inferer"}
 
 
-def config(workflow, overlay=None):
+def read(*names):
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / f"{name}.json") for name in filter(None, (workflow, overlay))])
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in names])
     return parser.get()
 
 
-@pytest.mark.parametrize("overlay", [None, *OVERLAYS])
-def test_workflows_agree_on_what_they_share(overlay):
-    configs = {workflow: config(workflow, overlay) for workflow in WORKFLOWS}
-    overlaid = set(json.loads((CONFIGS / f"{overlay}.json").read_text())) if overlay else set()
+def config(workflow, *overlays):
+    return read("train", *overlays, "evaluate") if workflow == "evaluate" else read(workflow, *overlays)
+
+
+def strings(entry):
+    if isinstance(entry, (dict, list)):
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from strings(part)
+    elif isinstance(entry, str):
+        yield entry
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_config_is_read_at_once(file):
+    lines = file.read_text().splitlines()
+    assert max(map(len, lines)) <= 120
+    entries = json.loads(file.read_text())
+    assert len(entries) <= 51 and sum(text.startswith("$") for text in strings(entries)) <= 46
+    assert "@task" not in file.read_text()  # a task is an overlay
+
+
+def test_evaluation_is_an_overlay():
+    assert len((CONFIGS / "evaluate.json").read_text().splitlines()) <= 120
+    assert not {"network_def", "preprocessing", "inferer"} & set(json.loads((CONFIGS / "evaluate.json").read_text()))
+
+
+@pytest.mark.parametrize("overlays", [[], *OVERLAYS], ids=" + ".join)
+def test_workflows_agree_on_what_they_share(overlays):
+    configs = {workflow: config(workflow, *overlays) for workflow in WORKFLOWS}
     assert all(NEEDED <= set(entries) for entries in configs.values())
-    for key in set.union(*map(set, configs.values())) - (OWN - overlaid):
+    for entries in configs.values():
+        entries["inferer"].pop("sw_batch_size")
+        entries.get("evaluation", {}).pop("settings", None)  # evaluate.json adds what it scored
+    for key in set.union(*map(set, configs.values())) - OWN:
         values = [entries[key] for entries in configs.values() if key in entries]
         assert all(value == values[0] for value in values), key
-    # a label goes with the image only where there is one
     keys = [configs[workflow]["keys"] for workflow in WORKFLOWS]
-    assert keys == ([["image"]] * 3 if "keys" in overlaid else [["image", "label"], ["image"], ["image"]])
+    assert keys == ([["image"]] * 3 if "restoration" in overlays else [["image", "label"], ["image"], ["image"]])
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_overlays_change_entries_that_there_are(overlay):
-    bases = {workflow: config(workflow) for workflow in WORKFLOWS}
-    entries = json.loads((CONFIGS / f"{overlay}.json").read_text())
-    referred = json.dumps([entries, bases])
-    for key in entries:
-        first, *nested = key.split("#")
-        is_used = f'"@{key}"' in referred  # by the overlay itself, such as the margin of super-resolution
-        assert any(first in base for base in bases.values()) or is_used, f"{key} of {overlay}.json has no effect"
-        if nested:  # needs its parent in all three: MONAI raises where it is missing
-            assert all(isinstance(base[first], dict) for base in bases.values()), key
+@pytest.mark.parametrize("overlays", OVERLAYS, ids=" + ".join)
+def test_overlays_change_entries_that_there_are(overlays):
+    merged = [config(workflow, *overlays) for workflow in WORKFLOWS]
+    for i, overlay in enumerate(overlays):
+        bases = [config(workflow, *overlays[:i]) for workflow in WORKFLOWS]
+        for key in json.loads((CONFIGS / f"{overlay}.json").read_text()):
+            first = key.partition("#")[0]
+            is_used = re.search(rf"@{first}\b", json.dumps(merged))  # by another, such as the margin of restoration
+            assert is_used or any(first in base for base in bases), f"{key} of {overlay}.json has no effect"
+
+
+def test_the_page_of_options_names_entries_that_there_are():
+    page = (ROOT / "docs/options.md").read_text()
+    parts = dict(re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE))
+    where = {
+        "All": [["pretrain"], ["train"], ["inference"]],
+        "Data": [["train"]],
+        "Pretraining": [["pretrain"]],
+        "Fine": [["train"], ["train", "restoration", "super_resolution"]],
+        "Evaluation": [["train", *overlays, "evaluate"] for overlays in OVERLAYS],
+        "Inference": [["inference"], ["inference", "restoration", "super_resolution"]],
+    }
+    assert parts.keys() == where.keys()
+    for part, configs in where.items():
+        entries = [read(*names) for names in configs]
+        rows = re.findall(r"^\| (`.*?) \| (.*) \|$", parts[part], re.MULTILINE)
+        assert rows
+        names = [name for option, _ in rows for name in re.findall(r"`([\w#]+)`", option)]
+        names += [name for _, text in rows for name in re.findall(r"`(\w+#[\w#]+)(?: [\w.]+)?`", text)]
+        for name in names:
+            assert any(has(of_config, name.split("#")) for of_config in entries), f"{part}: {name}"
+
+
+def has(entries, path):
+    first, *rest = path
+    return first in entries and (not rest or has(entries[first], rest))

@@ -516,7 +516,7 @@ def test_an_unusable_nifti_gets_its_reason(tmp_path, kind, reason):
     tmp_path.joinpath("data").mkdir()
     write_bad_nifti(kind, tmp_path / "data")
     assert reason in (message := refused(tmp_path / "data")) and "bad.nii" in message
-    assert "--skip_unreadable true" in message
+    assert "--data_options#skip_unreadable true" in message
 
 
 def test_unusable_scans_can_be_skipped_but_are_named(tmp_path, caplog):

@@ -469,7 +469,7 @@ def test_inference_writes_dicom_beside_the_nifti_of_all_tasks(tmp_path, threshol
         assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["bright"]
 
     for overlay, postfix in (("denoising.json", "denoised"), ("super_resolution.json", "sr")):
-        infer(scans, out, overlay, dicom=True, roi_size=[24, 24, 24], **gain(tmp_path, 1.1))
+        infer(scans, out, "restoration.json", overlay, dicom=True, roi_size=[24, 24, 24], **gain(tmp_path, 1.1))
         for name in ("e_series9", "s_series4"):
             written = nib.load(out / f"{name}_{postfix}.nii.gz")
             voxels, affine, _ = read_dicom(sorted((out / f"{name}_{postfix}").iterdir()))
@@ -478,7 +478,7 @@ def test_inference_writes_dicom_beside_the_nifti_of_all_tasks(tmp_path, threshol
     assert not (out / "n_sr").exists() and (out / "n_sr.nii.gz").exists()
 
     # A DICOM output that is missing, or of another result, is not done; and with dicom false it is not asked for.
-    overlay = ("super_resolution.json",)
+    overlay = ("restoration.json", "super_resolution.json")
     shutil.rmtree(out / "s_series4_sr")
     infer(scans, out, *overlay, roi_size=[24, 24, 24], **gain(tmp_path, 1.1))
     assert {row["status"] for row in report(out).values()} <= {"already there", "written"}

@@ -1,11 +1,18 @@
 """What the pages say can be done: files, links and pictures exist, commands name configs and options that there are."""
 
 import ast
+import inspect
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from pydoc import locate
 
+import nibabel as nib
+import numpy as np
 import pytest
 from monai.bundle import ConfigParser
 
@@ -27,13 +34,20 @@ OF_MONAI = {
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
 def without_code(text):
-    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return FENCED.sub("", text)
+
+
+def blocks(page, *languages):
+    return [code for language, code in FENCED.findall(page.read_text(encoding="utf-8")) if language in languages]
 
 
 def commands(page):
     """Commands of MONAI in a page's blocks of code, as lists of words."""
-    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+    for block in blocks(page, "", "bash"):
         for line in block.replace("\\\n", " ").split("\n"):
             if "monai.bundle" in line and " -c " not in line:
                 yield shlex.split(line, comments=True)
@@ -46,13 +60,50 @@ def options(words):
 
 
 def config_files(value):
+    """Files of the bundle; a config of the reader's own, ``/path/to/NAME``, is left out."""
     names = ast.literal_eval(value) if value.startswith("[") else [value]
-    return [BUNDLE / name[name.index("configs/") :] for name in names]
+    return [BUNDLE / name[name.index("configs/") :] for name in names if "configs/" in name or "/path/to/" not in name]
 
 
 def slug(heading):
     """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+def merged(files):
+    """Entries of configs, as MONAI merges them."""
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in files])
+    return {**parser.get(), "_meta_": json.loads((BUNDLE / "configs/metadata.json").read_text())}
+
+
+def has(entries, name):
+    """Whether an option sets an entry: it exists, or is an argument of the component that it is in."""
+    entry = entries
+    for part in name.split("#"):
+        if isinstance(entry, str) and entry.startswith("@"):
+            return has(entries, f"{entry[1:]}#{name.partition('#')[2]}")
+        if isinstance(entry, list):
+            entry = entry[int(part)] if int(part) < len(entry) else None
+        elif isinstance(entry, dict) and part in entry:
+            entry = entry[part]
+        elif isinstance(entry, dict) and "_target_" in entry:
+            component = locate(entry["_target_"])
+            arguments = inspect.signature(component).parameters if component else {part}
+            return part == "_disabled_" or part in arguments
+        else:
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def workflows():
+    """Entries of each list of configs that some page names."""
+    lists = {tuple(config_files(options(words).get("config_file", "[]"))) for page in PAGES for words in commands(page)}
+    lists |= {(BUNDLE / "configs/train.json", BUNDLE / f"configs/{name}.json") for name in ("hippocampus", "evaluate")}
+    restoration = BUNDLE / "configs/restoration.json", BUNDLE / "configs/super_resolution.json"
+    lists |= {(BUNDLE / f"configs/{name}.json", *restoration) for name in ("train", "inference")}
+    return [merged(files) for files in sorted(lists) if files and all(file.is_file() for file in files)]
 
 
 @each_page
@@ -62,32 +113,28 @@ def test_commands_name_configs_and_options_that_there_are(page):
         if "config_file" not in given:
             continue
         files = config_files(given["config_file"])
-        assert all(file.is_file() for file in files), f"{words}: no such config"
-        parser = ConfigParser()
-        parser.read_config([str(file) for file in files])
-        entries = {**parser.get(), "_meta_": json.loads((BUNDLE / "configs/metadata.json").read_text())}
+        assert [file for file in files if not file.is_file()] == []
+        entries = merged(files)
         for name in given.keys() - OF_MONAI:
-            entry = entries
-            for part in name.split("#"):
-                entry = entry[int(part)] if isinstance(entry, list) else entry
-                known = isinstance(entry, dict) and (part in entry or part == "_disabled_" or "_target_" in entry)
-                assert known or not isinstance(entry, dict), f"--{name} is no entry of {given['config_file']}"
-                entry = entry.get(part) if isinstance(entry, dict) else entry
+            assert has(entries, name), f"--{name} is no entry of {given['config_file']}"
 
 
 @each_page
-def test_options_in_the_text_exist(page):
-    known = set(OF_MONAI)
-    for config in (BUNDLE / "configs").glob("*.json"):
-        known |= {key.partition("#")[0].lstrip("+") for key in json.loads(config.read_text())}
-    scripts = [ROOT / "quickstart.sh", *(p for d in ("benchmarks", "scripts") for p in (ROOT / d).rglob("*.py"))]
-    for script in scripts:
-        known |= set(re.findall(r'"--(\w+)"', script.read_text())) | set(re.findall(r"^ +(\w+)\)", script.read_text()))
-    known |= set(re.findall(r"^    (\w+): .*[,=]", (ROOT / "examples/federated/simulate.py").read_text(), re.MULTILINE))
-    known |= {"conf", "studies", "host", "labels", "help", "logdir", "c", "no-verify"}  # of other programs
-    for option in re.findall(r"`--([A-Za-z_]+)", without_code(page.read_text(encoding="utf-8"))):
-        if page.name != "CHANGELOG.md":  # which names those that are gone
-            assert option in known, f"--{option}"
+def test_options_in_the_text_exist(page, workflows):
+    if page.name == "CHANGELOG.md":  # which names those that are gone
+        return
+    text = without_code(page.read_text(encoding="utf-8"))
+    others = OF_MONAI | {"help", "studies", "host", "conf"}  # the last three are MONAI Label's
+    for script in (ROOT / "benchmarks").rglob("*.py"):
+        others |= set(re.findall(r'"--(\w+)"', script.read_text()))
+    simulate = (ROOT / "examples/federated/simulate.py").read_text()
+    others |= set(re.findall(r"^    (\w+): .*[,=]", simulate, re.MULTILINE))
+    names = re.findall(r"`--([A-Za-z_]\w*(?:#\w+)*)", text)
+    if page.name == "options.md":
+        cells = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
+        names += [name for cell in cells for name in re.findall(r"`([\w#]+)`", cell)]
+    unknown = [name for name in names if name not in others and not any(has(entries, name) for entries in workflows)]
+    assert unknown == []
 
 
 @each_page
@@ -138,8 +185,27 @@ def test_every_page_is_in_the_index():
 def test_python_examples_run(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     namespace = {"__name__": "example"}
-    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.S | re.M):
+    for block in blocks(ROOT / name, "python"):
         exec(compile(block, name, "exec"), namespace)
+
+
+def test_the_mask_of_the_example_pretrains(tmp_path):
+    page = ROOT / "CONTRIBUTING.md"
+    (tmp_path / "checkerboard.py").write_text(blocks(page, "python")[0])
+    (tmp_path / "checkerboard.json").write_text(blocks(page, "json")[0])
+    for i in range(2):
+        voxels = np.random.default_rng(i).integers(0, 1000, (20, 24, 16)).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"scan{i}.nii.gz")
+    settings = {"dataset_dir": tmp_path, "output_dir": tmp_path / "out", "crop_size": "[16,16,16]", "epochs": 1}
+    configs = [str(BUNDLE / "configs/pretrain.json"), str(tmp_path / "checkerboard.json")]
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
+    command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command += ["--crops_per_scan", "1", "--val_fraction", "0.5", "--device", "cpu", "--num_workers", "0"]
+    paths = os.pathsep.join([str(ROOT / "custom"), str(tmp_path)])
+    done = subprocess.run(command, cwd=BUNDLE, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/models/pretrained/encoder.pt").is_file()
+    assert "nan" in (tmp_path / "out/history.csv").read_text()  # this mask has no beta
 
 
 def test_the_version_is_the_same_everywhere():

@@ -212,7 +212,7 @@ def evaluate(tmp_path, *overlays, **overrides):
         "initialize": [],  # it looks at the head of our network
         "output_dir": tmp_path / "out",
     }
-    files = [str(CONFIGS / name) for name in ("evaluate.json", *overlays)]
+    files = [str(CONFIGS / name) for name in ("train.json", *overlays, "evaluate.json")]
     settings = {
         name: str(value) if isinstance(value, Path) else value for name, value in (settings | overrides).items()
     }
@@ -280,13 +280,13 @@ def test_restoration_is_scored_beside_its_input(tmp_path):
     conv = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 3, "padding": 1}
     rows, summary, report = evaluate(
         tmp_path,
-        "denoising.json",
+        *("restoration.json", "denoising.json"),
         dataset_dir=tmp_path / "data",
         weights=tmp_path / "model.pt",
         network_def=conv,
         **{"val_degradation#sigma": 0.15},
     )
-    assert [row["name"] for row in rows] == ["p0", "p1"] and report["task"] == "denoising"
+    assert [row["name"] for row in rows] == ["p0", "p1"] and report["name"] == "denoising"
     for row in rows:
         assert float(row["sigma"]) == pytest.approx(0.15)
         assert float(row["psnr"]) > float(row["psnr_of_input"])
@@ -303,7 +303,7 @@ def test_scans_of_one_person_count_once(tmp_path):
     torch.save({"weight": torch.full((1, 1, 1, 1, 1), 0.9)}, tmp_path / "model.pt")
     conv = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 1, "bias": False}
     options = {"dataset_dir": tmp_path / "data", "weights": tmp_path / "model.pt", "network_def": conv}
-    rows, summary, report = evaluate(tmp_path, "denoising.json", **options)
+    rows, summary, report = evaluate(tmp_path, "restoration.json", "denoising.json", **options)
     assert (report["scans"], report["subjects"]) == (3, 2) and len(rows) == 3
     first, second, other = (float(row["psnr"]) for row in rows)
     psnr = next(row for row in summary if row["metric"] == "psnr")
@@ -317,7 +317,7 @@ def test_thin_slabs_are_scored_and_the_factors_said(tmp_path):
     conv = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 1, "bias": False}
     rows, summary, report = evaluate(
         tmp_path,
-        "super_resolution.json",
+        *("restoration.json", "super_resolution.json"),
         dataset_dir=tmp_path / "data",
         weights=tmp_path / "model.pt",
         network_def=conv,

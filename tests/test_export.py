@@ -17,12 +17,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from nilearn import datasets
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
-#: overlay and weights of each task
+#: overlays and weights of each task
 TASKS = {
-    "segmentation": (None, "models/model.pt"),
-    "hippocampus": ("hippocampus", "models/hippocampus/model.pt"),
-    "denoising": ("denoising", "models/denoising/model.pt"),
-    "super_resolution": ("super_resolution", "models/super_resolution/model.pt"),
+    "segmentation": ((), "models/model.pt"),
+    "hippocampus": (("hippocampus",), "models/hippocampus/model.pt"),
+    "denoising": (("restoration", "denoising"), "models/denoising/model.pt"),
+    "super_resolution": (("restoration", "super_resolution"), "models/super_resolution/model.pt"),
 }
 #: batch and sides of the crops, multiples of the patch and others; not what the files are exported with
 SHAPES = [(1, 64, 64, 64), (2, 32, 40, 32), (1, 60, 64, 62)]
@@ -49,7 +49,7 @@ def export(command, task, path, *arguments):
 
 
 def config_files(task, *overlays):
-    return [f"configs/{name}.json" for name in ("inference", TASKS[task][0], *overlays) if name]
+    return [f"configs/{name}.json" for name in ("inference", *TASKS[task][0], *overlays)]
 
 
 def network_of(task):
@@ -183,7 +183,7 @@ def infer(folder, output, *overlays, **overrides):
     workflow = ConfigWorkflow(
         config_file=[str(BUNDLE / name) for name in config_files("segmentation", *overlays)],
         **{"workflow_type": "inference", "run_id": "inference", "logging_file": False, "bundle_root": str(BUNDLE)},
-        **{"dataset_dir": str(folder), "output_dir": str(output), "device": "cpu", "overlap": 0, **overrides},
+        **{"dataset_dir": str(folder), "output_dir": str(output), "device": "cpu", "inferer#overlap": 0, **overrides},
     )
     workflow.initialize()
     workflow.run()

@@ -35,13 +35,13 @@ SETTINGS = {
 }
 PRETRAINING = {
     **SETTINGS,
-    "image_size": [24, 24, 24],
+    "crop_size": [24, 24, 24],
     **{f"encoder#{name}": value for name, value in ENCODER.items()},
 }
 NETWORK = {
     "class_names": ["ball"],
     "spacing": [1.0, 1.0, 1.0],
-    "roi_size": [24, 24, 24],
+    "crop_size": [24, 24, 24],
     **{f"encoder#{name}": value for name, value in ENCODER.items()},
     **{"network_def#features": 8, "network_def#out_channels": 2},
 }
@@ -183,7 +183,7 @@ def test_two_sites_fine_tune_one_network(client, folders, tmp_path):
     evaluation = MonaiAlgo(
         str(BUNDLE),
         config_train_filename=None,
-        config_evaluate_filename="configs/evaluate.json",
+        config_evaluate_filename=["configs/train.json", "configs/evaluate.json"],
         eval_kwargs={
             "dataset_dir": str(tmp_path / "site-1/datalist.json"),  # its held-out scan
             "output_dir": str(tmp_path / "scores"),

@@ -43,7 +43,7 @@ SETTINGS = {
     "val_interval": 2,
     "batch_size": 2,
     "crops_per_scan": 2,
-    "roi_size": [24, 24, 24],
+    "crop_size": [24, 24, 24],
     **{f"encoder#{name}": value for name, value in ENCODER.items()},
     "network_def#features": 8,
 }
@@ -295,15 +295,17 @@ def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
     stored = np.asarray(nib.load(tmp_path / "labels/p1.nii.gz").dataobj)
     assert (stored.astype(np.uint8) != numbers).any()
 
-    def read(config, *entries):
+    def read(config, *overlays, entries):
         parser = ConfigParser()
-        parser.read_config(str(BUNDLE / "configs" / config))
+        parser.read_config([str(BUNDLE / "configs" / name) for name in (config, *overlays)])
         parser.config["spacing"] = [1.0, 1.0, 1.0]
-        transforms = [step for entry in entries for step in parser.get_parsed_content(entry)]
-        return Compose(transforms)(item)["label"][0].numpy()
+        return Compose([parser.get_parsed_content(entry) for entry in entries])(item)["label"][0].numpy()
 
     (item,) = prepare_pairs(DatasetOptions(tmp_path, classes=10, val_fraction=0))["training"]
-    for label in (read("train.json", "preprocessing", "compact"), read("evaluate.json", "label_loading")):
+    steps = [*(f"preprocessing#{i}" for i in range(4)), "train_transforms#store"]
+    training = read("train.json", entries=steps)
+    evaluation = read("train.json", "evaluate.json", entries=["label_loading#0", "label_loading#1"])
+    for label in (training, evaluation):
         assert label.dtype == np.uint8 and np.array_equal(label, numbers)
     torch.testing.assert_close(class_weights([item], 10), torch.ones(10))
 
@@ -391,7 +393,7 @@ def test_freezing_refuses_a_negative_number():
 def test_the_overlays_of_restoration_learn_to_gain(task, overrides, pairs, tmp_path):
     output = tmp_path / "out"
     settings = {**LONG, "epochs": 8, "crops_per_scan": 6, "val_interval": 8, **overrides}
-    train(output, pairs / "images", f"{task}.json", pretrained=None, **settings)
+    train(output, pairs / "images", "restoration.json", f"{task}.json", pretrained=None, **settings)
     loss = column(output, "train_loss")  # minus the gain in dB; some draws have little to gain
     assert np.mean(loss[-3:]) < min(loss[0], -0.3)
     assert column(output, "psnr")[-1] > column(output, "psnr_of_input")[-1]

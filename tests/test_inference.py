@@ -27,6 +27,7 @@ from sspformer.transforms import argmax_on_grid
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 CONFIG = str(BUNDLE / "configs" / "inference.json")
+DENOISING, SUPER_RESOLUTION = (("restoration.json", f"{name}.json") for name in ("denoising", "super_resolution"))
 PERMUTATIONS = list(itertools.permutations(range(3)))
 ORIENTATIONS = [(order, signs) for order in PERMUTATIONS for signs in itertools.product((1, -1), repeat=3)]
 SHAPE = (20, 24, 28)
@@ -179,7 +180,7 @@ def test_an_image_that_is_not_changed_comes_back_bit_by_bit_in_all_orientations(
         write(tmp_path / "scans", f"scan{i}", voxels, affine, *[(1, 1), (1, 0), (0, 2), (3, 4)][i % 4])
     write(tmp_path / "scans", "neither", voxels, np.diag([2.0, 1.5, 1, 1]), 0, 0)
     write(tmp_path / "scans", "large", voxels, affine, kind=nib.Nifti2Image)
-    infer(tmp_path / "scans", tmp_path / "out", "denoising.json", roi_size=[24, 32, 32], **gain(tmp_path))
+    infer(tmp_path / "scans", tmp_path / "out", *DENOISING, roi_size=[24, 32, 32], **gain(tmp_path))
     for name in [*(f"scan{i}" for i in range(48)), "neither", "large"]:
         source = nib.load(tmp_path / f"scans/{name}.nii.gz")
         image = assert_same_space(tmp_path / f"out/{name}_denoised.nii.gz", tmp_path / f"scans/{name}.nii.gz")
@@ -196,7 +197,7 @@ def test_types_of_restored_images(tmp_path):
     scaled.set_data_dtype(np.int16)  # nibabel then writes a scale factor
     nib.save(scaled, tmp_path / "scans" / "scaled.nii.gz")
     options = {"roi_size": [24, 32, 32], "blend_by_noise": [], **gain(tmp_path, 1.3)}
-    infer(tmp_path / "scans", tmp_path / "out", "denoising.json", **options)
+    infer(tmp_path / "scans", tmp_path / "out", *DENOISING, **options)
     images = {name: nib.load(tmp_path / f"out/{name}_denoised.nii.gz") for name in ("byte", "double", "scaled")}
     assert images["byte"].get_data_dtype() == np.uint8
     expected = np.clip(np.rint(bright.astype(np.uint8).astype(np.float32) * np.float32(1.3)), 0, 255)
@@ -208,7 +209,7 @@ def test_types_of_restored_images(tmp_path):
 
 def test_denoising_leaves_a_quiet_scan_as_it_is(tmp_path):
     write(tmp_path / "scans", "quiet", (1000 * phantom()).astype(np.int16), np.diag([2.0, 2, 2, 1]))
-    infer(tmp_path / "scans", tmp_path / "out", "denoising.json", roi_size=[24, 32, 32], **gain(tmp_path, 1.3))
+    infer(tmp_path / "scans", tmp_path / "out", *DENOISING, roi_size=[24, 32, 32], **gain(tmp_path, 1.3))
     out = nib.load(tmp_path / "out/quiet_denoised.nii.gz")
     assert np.array_equal(np.asarray(out.dataobj), (1000 * phantom()).astype(np.int16))
 
@@ -218,8 +219,8 @@ def test_super_resolution_writes_the_affine_of_the_finer_grid(tmp_path):
     for i, (order, signs) in enumerate(ORIENTATIONS):
         write(tmp_path / "scans", f"scan{i}", voxels, scan_affine(order, signs, (1, 1.25, 4), (11, -7, 23)), 1, 2)
     options = {"roi_size": [32, 32, 32], **gain(tmp_path)}
-    infer(tmp_path / "scans", tmp_path / "factor", "super_resolution.json", factor=[1, 1, 4], **options)
-    infer(tmp_path / "scans", tmp_path / "spacing", "super_resolution.json", target_spacing=1.0, **options)
+    infer(tmp_path / "scans", tmp_path / "factor", *SUPER_RESOLUTION, factor=[1, 1, 4], **options)
+    infer(tmp_path / "scans", tmp_path / "spacing", *SUPER_RESOLUTION, target_spacing=1.0, **options)
     for folder, shape in (("factor", (20, 24, 32)), ("spacing", (20, 30, 32))):
         for i in range(48):
             source = nib.load(tmp_path / f"scans/scan{i}.nii.gz")
@@ -240,7 +241,7 @@ def test_data_consistency_keeps_what_was_measured(tmp_path):
     affine = scan_affine((2, 0, 1), (-1, 1, -1), (1, 1.25, 4), (11, -7, 23))
     write(tmp_path / "scans", "scan", voxels, affine)
     options = {"factor": [1.5, 1, 4], "data_consistency": True, **gain(tmp_path, 0.8)}
-    infer(tmp_path / "scans", tmp_path / "out", "super_resolution.json", **options)
+    infer(tmp_path / "scans", tmp_path / "out", *SUPER_RESOLUTION, **options)
     fine = torch.from_numpy(nib.load(tmp_path / "out/scan_sr.nii.gz").get_fdata(dtype=np.float32))
     measured = kspace.fourier_resample(fine[None, None], voxels.shape)[0, 0].numpy()
     assert np.linalg.norm(measured - voxels) < 1e-5 * np.linalg.norm(voxels)
@@ -373,9 +374,9 @@ def test_pictures_of_restoration_show_before_and_after_on_the_scale_of_the_file(
     seen = []
     monkeypatch.setattr(pictures, "restoration_panel", lambda samples: seen.extend(samples) or 1 / 0)
     write(tmp_path / "scans", "a", (1000 * phantom()).astype(np.int16), scan_affine((2, 0, 1), (-1, 1, -1), (1, 2, 2)))
-    for overlay, as_predicted in (("denoising.json", {}), ("super_resolution.json", {"data_consistency": False})):
+    for overlays, as_predicted in ((DENOISING, {}), (SUPER_RESOLUTION, {"data_consistency": False})):
         options = {"blend_by_noise": [], **as_predicted, **gain(tmp_path, 1.5)}
-        infer(tmp_path / "scans", tmp_path / "out", overlay, pictures=True, **options)
+        infer(tmp_path / "scans", tmp_path / "out", *overlays, pictures=True, **options)
         before, after = seen[-1]["image"], seen[-1]["pred"]
         assert torch.allclose(1.5 * before.as_tensor(), after.as_tensor(), atol=0.1) and before.max() > 900
         assert torch.equal(before.affine, after.affine)
@@ -388,7 +389,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_first_scan(tmp_path, thr
     with pytest.raises(FileNotFoundError, match="nowhere.pt: train"):
         infer(tmp_path / "scans", tmp_path / "out", **{**threshold, "weights": "nowhere.pt"})
     with pytest.raises(ValueError, match="data_consistency true is for super-resolution"):
-        infer(tmp_path / "scans", tmp_path / "out", "denoising.json", data_consistency="true", **gain(tmp_path))
+        infer(tmp_path / "scans", tmp_path / "out", *DENOISING, data_consistency="true", **gain(tmp_path))
     (tmp_path / "bad.pt").write_bytes(b"PK no weights")
     with pytest.raises(ValueError, match="bad.pt is damaged"):
         infer(tmp_path / "scans", tmp_path / "out", **{**threshold, "weights": str(tmp_path / "bad.pt")})
@@ -409,12 +410,12 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
     assert all(torch.equal(value, own.state_dict()[name].to(value)) for name, value in other.state_dict().items())
     with pytest.raises(ValueError, match=r"18 output.*network 4: .*#out_channels 18 and --class_names .* 17 labels"):
         engines.StrictCheckpointLoader(network(out_channels=4), path)()
-    tasks = ["denoising.json", "super_resolution.json"]
+    tasks = [DENOISING, SUPER_RESOLUTION]
     for task, wrong in (tasks, tasks[::-1]):
-        torch.save(network(task).state_dict(), path)
-        engines.StrictCheckpointLoader(network(task), path)()
+        torch.save(network(*task).state_dict(), path)
+        engines.StrictCheckpointLoader(network(*task), path)()
         with pytest.raises(ValueError, match="are of another model: .*Add the overlay"):
-            engines.StrictCheckpointLoader(network(wrong), path)()
+            engines.StrictCheckpointLoader(network(*wrong), path)()
     torch.nn.init.constant_(own.head.bias, float("nan"))
     torch.save(own.state_dict(), path)
     with pytest.raises(ValueError, match="NaN or infinite in 1 of its tensors, such as head.bias"):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"patch_size": 8, "dim": 48, "depth": 2, "num_heads": 2}
 #: Label cannot make the network small, so the copy of the bundle that is trained here has this in its train.json
 SMALL = {
-    **{"class_names": ["ball", "box"], "spacing": [1.0, 1.0, 1.0], "roi_size": [24, 24, 24], "batch_size": 2},
+    **{"class_names": ["ball", "box"], "spacing": [1.0, 1.0, 1.0], "crop_size": [24, 24, 24], "batch_size": 2},
     **{"crops_per_scan": 2, "network_def#out_channels": 3, "network_def#features": 8, "amp": False},
     **{f"encoder#{name}": value for name, value in ENCODER.items()},
 }
@@ -308,9 +308,9 @@ def test_a_bundle_of_an_overlay_has_its_network_weights_and_labels(tmp_path):
     metadata = json.loads((target / "configs/metadata.json").read_text())
     names = ["background", "anterior hippocampus", "posterior hippocampus"]
     assert list(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values()) == names
-    for workflow in ("train", "inference", "evaluate"):
+    for workflow in (["train"], ["train", "evaluate"], ["inference"]):
         parser = ConfigParser()
-        parser.read_config(str(target / f"configs/{workflow}.json"))
+        parser.read_config([str(target / f"configs/{name}.json") for name in workflow])
         parser["bundle_root"] = str(target)
         network = parser.get_parsed_content("network_def")
         network.load_state_dict(torch.load(target / "models/model.pt", weights_only=True))
@@ -322,7 +322,7 @@ def test_a_bundle_of_an_overlay_has_its_network_weights_and_labels(tmp_path):
     assert [path.name for path in (target / "docs").iterdir()] == ["data_license.txt"]
     configs = {path.stem for path in (target / "configs").glob("*.json")}
     assert {"train", "inference", "evaluate", "metadata", "multi_gpu_train"} <= configs
-    assert not configs & {"hippocampus", "tissues", "denoising", "super_resolution"}
+    assert not configs & {"hippocampus", "restoration", "denoising", "super_resolution"}
     with pytest.raises(SystemExit, match="denoising.json is no segmentation"):
         main(ROOT / "bundle", "denoising", tmp_path / "denoising")
     with pytest.raises(SystemExit, match="kidney.json does not exist.*: denoising, hippocampus, "):

@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 TRAINING = {
-    **{"class_names": ["shell", "core"], "network_def#out_channels": 3, "roi_size": [32, 32, 32], "num_workers": 0},
+    **{"class_names": ["shell", "core"], "network_def#out_channels": 3, "crop_size": [32, 32, 32], "num_workers": 0},
     **{"epochs": 1, "batch_size": 2, "crops_per_scan": 1, "val_fraction": 0, "device": "cpu"},
 }
 
@@ -201,7 +201,7 @@ def check_head(output_dir, data):
 
 def test_inference_from_the_command_line(python, bundle, data, tmp_path):
     command = [python, "-m", "monai.bundle", "run", "inference"]
-    head = {"dataset_dir": data / "head.nii.gz", "device": "cpu", "overlap": 0.25}
+    head = {"dataset_dir": data / "head.nii.gz", "device": "cpu", "inferer#overlap": 0.25}
     done = run(*command, *options(config_file="configs/inference.json", output_dir=tmp_path / "in", **head), cwd=bundle)
     assert done.returncode == 0, done.stderr
     where = {"config_file": bundle / "configs/inference.json", "bundle_root": bundle, "output_dir": "out"}
@@ -242,7 +242,7 @@ workflow.finalize()
 
 
 def test_create_workflow_infers_and_trains(python, bundle, data, tmp_path):
-    head = {"dataset_dir": str(data / "head.nii.gz"), "output_dir": "out", "device": "cpu", "overlap": 0.25}
+    head = {"dataset_dir": str(data / "head.nii.gz"), "output_dir": "out", "device": "cpu", "inferer#overlap": 0.25}
     done = run(python, "-c", WORKFLOW, "infer", bundle, json.dumps(head), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check_head(tmp_path / "out", data)

@@ -97,7 +97,7 @@ def test_a_file_of_the_cache_that_was_cut_off_is_made_anew(tmp_path):
     keep = Compose([LoadScand(["image", "label"]), KeepOnlyAffined(["image", "label"])])
 
     def cached():
-        return data.CachedDataset(items, keep, tmp_path / "cache", hash_func=data.file_hashing, track_meta=True)
+        return data.CachedDataset(items, keep, tmp_path / "cache")
 
     before = [item["image"].sum().item() for item in cached()]
     files = sorted((tmp_path / "cache").iterdir())
@@ -268,7 +268,7 @@ def test_all_mismatches_are_listed_at_once(tmp_path, caplog):
         "labels/two.nii.gz has another shape: 12x9x9, the image 12x10x9; its label map labels/two.nii.gz has unknown "
         "values 4",
         "labels/cut.nii.gz: truncated or corrupt",
-        "--skip_unreadable true",
+        "--data_options#skip_unreadable true",
     ):
         assert text in message
     assert "good" not in message

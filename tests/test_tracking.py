@@ -22,7 +22,7 @@ COMMON = {"bundle_root": str(CONFIGS.parent), "device": "cpu", "amp": False, "nu
 SEGMENTATION = {
     "class_names": ["ball"],
     "spacing": [1.0, 1.0, 1.0],
-    "roi_size": [24, 24, 24],
+    "crop_size": [24, 24, 24],
     "encoder#num_heads": 2,
     "network_def#features": 8,
     "network_def#out_channels": 2,
@@ -44,10 +44,11 @@ def pairs(tmp_path_factory):
     return folder
 
 
-def track(workflow, config, output, **options):
+def track(workflow, configs, output, **options):
     """As ``python -m monai.bundle run`` does."""
     settings = {**COMMON, **ENCODER, "output_dir": str(output), **options}
-    run(run_id=workflow, config_file=str(CONFIGS / config), logging_file=False, tracking="mlflow", **settings)
+    files = [str(CONFIGS / name) for name in configs]
+    run(run_id=workflow, config_file=files, logging_file=False, tracking="mlflow", **settings)
 
 
 def tracked(output):
@@ -94,8 +95,8 @@ def assert_training_is_logged(client, logged, output):
 
 
 def test_pretraining(pairs, tmp_path):
-    options = {"image_size": [24, 24, 24], "epochs": 2, "val_fraction": 0.34, "encoder#num_heads": 2}
-    track("training", "pretrain.json", tmp_path, dataset_dir=str(pairs / "images"), **options)
+    options = {"crop_size": [24, 24, 24], "epochs": 2, "val_fraction": 0.34, "encoder#num_heads": 2}
+    track("training", ["pretrain.json"], tmp_path, dataset_dir=str(pairs / "images"), **options)
     client, logged = tracked(tmp_path)
     assert_training_is_logged(client, logged, tmp_path)
     assert_config_is_logged(client, logged, epochs=2, learning_rate=0.0005)
@@ -104,13 +105,13 @@ def test_pretraining(pairs, tmp_path):
 def test_fine_tuning_evaluation_and_inference(pairs, tmp_path):
     output, scores, results = (tmp_path / name for name in ("output", "scores", "results"))
     options = {"epochs": 2, "val_fraction": 0.34, "pretrained": "null", **SEGMENTATION}
-    track("training", "train.json", output, dataset_dir=str(pairs), **options)
+    track("training", ["train.json"], output, dataset_dir=str(pairs), **options)
     client, logged = tracked(output)
     assert_training_is_logged(client, logged, output)
-    assert_config_is_logged(client, logged, epochs=2, roi_size=[24, 24, 24])
+    assert_config_is_logged(client, logged, epochs=2, crop_size=[24, 24, 24])
 
     options = {"weights": str(output / "models/model.pt"), **SEGMENTATION}
-    track("evaluating", "evaluate.json", scores, dataset_dir=str(output / "datalist.json"), **options)
+    track("evaluating", ["train.json", "evaluate.json"], scores, dataset_dir=str(output / "datalist.json"), **options)
     client, logged = tracked(scores)
     (held_out,) = rows(scores / "metrics.csv")  # rounded
     for name in ("dice", "surface_dice", "hd95"):
@@ -119,7 +120,7 @@ def test_fine_tuning_evaluation_and_inference(pairs, tmp_path):
     broken = pairs / "images" / f"{SUBJECT}9.nii.gz"
     broken.write_bytes((pairs / "images" / f"{SUBJECT}0.nii.gz").read_bytes()[:500])
     with pytest.raises(RuntimeError) as caught:
-        track("inference", "inference.json", results, dataset_dir=str(pairs / "images"), **options)
+        track("inference", ["inference.json"], results, dataset_dir=str(pairs / "images"), **options)
     assert "1 of 4 scans failed" in str(original_error(caught.value))
     client, logged = tracked(results)
     assert (logged.data.metrics["written"], logged.data.metrics["failed"]) == (3, 1)

@@ -29,7 +29,7 @@ def scans(tmp_path_factory):
 
 
 def command(dataset, output, *overlays, **overrides):
-    settings = {"epochs": 3, "image_size": [32, 32, 32], "crops_per_scan": 4, "num_workers": 0, "device": "cpu"}
+    settings = {"epochs": 3, "crop_size": [32, 32, 32], "crops_per_scan": 4, "num_workers": 0, "device": "cpu"}
     arguments = {"dataset_dir": dataset, "output_dir": output, **settings, **overrides}
     line = [sys.executable, "-m", "monai.bundle", "run", "training"]
     configs = [str(BUNDLE / "configs" / name) for name in ("pretrain.json", *overlays)]
@@ -64,7 +64,7 @@ def trained(scans, tmp_path_factory):
         output,
         output.parent,
         epochs=16,
-        image_size=[48, 48, 48],
+        crop_size=[48, 48, 48],
         crops_per_scan=24,
         learning_rate=0.001,
         val_interval=4,
@@ -109,7 +109,7 @@ def test_what_a_run_leaves_behind(trained):
 
 def test_it_learns_from_a_dicom_series_alone(tmp_path):
     scans = Path(make_demo_dataset(tmp_path / "demo", n_subjects=3))
-    settings = {"epochs": 15, "image_size": [48, 48, 48], "crops_per_scan": 64, "learning_rate": 0.001}
+    settings = {"epochs": 15, "crop_size": [48, 48, 48], "crops_per_scan": 64, "learning_rate": 0.001}
     done = run(scans / "images" / "demo_03", tmp_path / "out", tmp_path, val_interval=15, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     last = history(tmp_path / "out")[-1]
@@ -170,20 +170,20 @@ def test_broken_input_stops_before_training_and_can_be_skipped(tmp_path):
         nib.save(image, folder / f"p{i}_T1.nii.gz")
     whole = (folder / "p0_T1.nii.gz").read_bytes()
     (folder / "p8_T1.nii.gz").write_bytes(whole[: len(whole) // 2])
-    stopped = run(folder, tmp_path / "out", tmp_path, skip_unreadable=False)
+    stopped = run(folder, tmp_path / "out", tmp_path, **{"data_options#skip_unreadable": False})
     assert stopped.returncode != 0 and not (tmp_path / "out/models").exists()
-    assert "p8_T1.nii.gz" in stopped.stderr and "--skip_unreadable true" in stopped.stderr
-    went_on = run(folder, tmp_path / "out", tmp_path, skip_unreadable=True, epochs=1)
+    assert "p8_T1.nii.gz" in stopped.stderr and "--data_options#skip_unreadable true" in stopped.stderr
+    went_on = run(folder, tmp_path / "out", tmp_path, **{"data_options#skip_unreadable": True}, epochs=1)
     assert went_on.returncode == 0, went_on.stdout + went_on.stderr
 
     missing = run(tmp_path / "scams", tmp_path / "out2", tmp_path)
     assert missing.returncode != 0 and "scams" in missing.stderr and "scans" in missing.stderr
-    flat = run(folder, tmp_path / "out2", tmp_path, skip_unreadable=True, spatial_dims=2)
+    flat = run(folder, tmp_path / "out2", tmp_path, **{"data_options#skip_unreadable": True}, spatial_dims=2)
     assert flat.returncode != 0 and "pretrain_2d.json" in flat.stderr.splitlines()[-1]
 
 
 def test_the_2d_overlay_trains_on_slices(scans, tmp_path):
-    overrides = {"epochs": 1, "image_size": [64, 48], "crops_per_scan": 2, "num_workers": 2}
+    overrides = {"epochs": 1, "crop_size": [64, 48], "crops_per_scan": 2, "num_workers": 2}
     done = run(scans, tmp_path / "out", tmp_path, "pretrain_2d.json", **overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     state = torch.load(tmp_path / "out/models/pretrained/encoder.pt", weights_only=True)
@@ -197,7 +197,7 @@ def test_the_options_of_mask_and_loss_run(scans, tmp_path):
         tmp_path,
         epochs=1,
         **{
-            "image_size": [40, 36, 8],
+            "crop_size": [40, 36, 8],
             "val_fraction": 0,
             "mask#gamma": 2.0,
             "mask#stratify": False,

@@ -20,12 +20,12 @@ from monai.utils import set_determinism
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundle/configs"
-TASKS = ([], ["hippocampus"], ["tissues"], ["denoising"], ["super_resolution"])
+TASKS = ([], ["hippocampus"], ["restoration", "denoising"], ["restoration", "super_resolution"])
 #: workflow type in MONAI's words, configs
 WORKFLOWS = [
     *(("train", ["pretrain", *overlay]) for overlay in ([], ["pretrain_2d"])),
     *(("train", ["train", *overlay]) for overlay in (*TASKS, ["multi_gpu_train"])),
-    *(("evaluation", ["evaluate", *overlay]) for overlay in TASKS),
+    *(("evaluation", ["train", *overlay, "evaluate"]) for overlay in TASKS),
     *(("inference", ["inference", *overlay]) for overlay in TASKS),
 ]
 

@@ -18,12 +18,7 @@ from sspformer.data import class_names
 from sspformer.io import output_path
 from sspformer.pictures import segmentation_panel
 
-SCANS = (
-    "ds000011_sub-08_T1",
-    "ds002748_sub-49_T1",
-    "openms-long_patient20-study2_T1",
-    "dcmqa-decubitus_crlab_T1-HFS",
-)
+SCANS = ("ds000011_sub-08_T1", "ds002748_sub-49_T1", "openms-long_patient20-study2_T1", "dcmqa-decubitus_crlab_T1-HFS")
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ def central_region(foreground: Tensor, size: Sequence[int]) -> tuple[slice, ...]
 def bundle_config(workflow: str, task: str, device: str, peer: str | None = None) -> ConfigParser:
     """The bundle's ``train.json`` or ``inference.json`` with the overlays of a restoration task and of a peer."""
     parser = ConfigParser()
-    files = [BUNDLE / "configs" / f"{name}.json" for name in (workflow, task)]
+    files = [BUNDLE / "configs" / f"{name}.json" for name in (workflow, "restoration", task)]
     parser.read_config([*files, *([CONFIGS / f"{peer}.json"] if peer else [])])
     parser["bundle_root"], parser["device"] = str(BUNDLE), device
     return parser
@@ -239,7 +239,8 @@ def quality(pred: Tensor, clean: Tensor, foreground: Tensor) -> dict[str, float]
 def report(rows: Sequence[Mapping], column: str, baseline: str, args: argparse.Namespace) -> list[dict]:
     """Summarise the rows of :func:`evaluate`; print and write the summary, and draw the gains."""
     summary = summarize_rows(rows, (column, "method"), baseline, args.seed)
-    print_summary(summary, (column, "method"))
+    shown = [f"{name}_{part}" for name in ("psnr", "gain_psnr", "ssim") for part in ("mean", "ci_low", "ci_high")]
+    print(f"\n{format_table(summary, [column, 'method', 'n_subjects', *shown])}")
     save_csv(args.output.with_name(f"{args.output.stem}_summary.csv"), summary)
     plot_gains(args.output.with_suffix(".png"), summary, column, baseline)
     return summary
@@ -270,22 +271,6 @@ def summarize_rows(rows: Sequence[Mapping], by: Sequence[str], baseline: str, se
                 line |= {f"{name}_{part}": round(float(over_subjects[part]), 4) for part in parts}
         summary.append(line)
     return summary
-
-
-def print_summary(summary: Sequence[Mapping], by: Sequence[str]) -> None:
-    """Print mean (standard deviation) [interval] of each line of :func:`summarize_rows`."""
-
-    def text(line: Mapping, name: str, digits: int) -> str:
-        mean, std, low, high = (line[f"{name}_{part}"] for part in ("mean", "std", "ci_low", "ci_high"))
-        return f"{mean:.{digits}f} ({std:.{digits}f}) [{low:.{digits}f}, {high:.{digits}f}]"
-
-    shown = [("psnr", 2), ("gain_psnr", 2), ("psnr_foreground", 2), ("ssim", 4), ("ssim_foreground", 4)]
-    rows = [
-        {column: line[column] for column in (*by, "n_subjects")} | {name: text(line, name, n) for name, n in shown}
-        for line in summary
-    ]
-    print(f"\n{format_table(rows)}")
-    print("\nmean (standard deviation) [95 % bootstrap interval of the mean] over n subjects")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def run_once(image: str, output_dir: str, network: str, precision: str, device: 
     inferer = config.get_parsed_content("inferer")
     read, *preprocess = config.get_parsed_content("preprocessing")
     steps = [read, Compose([*preprocess, *config.get_parsed_content("resampling")])]
-    invert, save = (Compose(config.get_parsed_content(key)) for key in ("invert#segmentation", "save"))
+    invert, save = (Compose(config.get_parsed_content(key)) for key in ("invert", "save"))
 
     def predict(item: dict) -> dict:
         return item | {"pred": inferer(item["image"][None].to(device), module)[0]}

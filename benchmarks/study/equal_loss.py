@@ -189,16 +189,6 @@ def visible_mean_error(batches: Sequence[tuple[Tensor, MaskIndices]], patch_size
     return float(np.mean(errors))
 
 
-def seconds_to_reach(curve: Sequence[dict], error: float) -> float:
-    """Training time after which the error is as low, linear between validations; NaN if it never is."""
-    for before, after in zip(curve, curve[1:], strict=False):
-        if after["val_masked_mse"] <= error:
-            drop = before["val_masked_mse"] - after["val_masked_mse"]
-            share = (before["val_masked_mse"] - error) / drop if drop > 0 else 1.0
-            return before["train_seconds"] + max(share, 0.0) * (after["train_seconds"] - before["train_seconds"])
-    return math.nan
-
-
 def plot(path: Path, rows: Sequence[dict], baseline: float) -> None:
     """Draw the error by step and by time."""
     from matplotlib.figure import Figure
@@ -266,30 +256,11 @@ def main() -> None:
             )
             rows.append(row)
 
-    summary = []
-    for name in args.networks:
-        last = [row for row in rows if row["network"] == name and row["step"] == args.steps]
-        errors, seconds = [row["val_masked_mse"] for row in last], [row["train_seconds"] for row in last]
-        line = {"network": name, "mean error": f"{np.mean(errors):.5f}"}
-        line |= {"range over seeds": f"{min(errors):.5f} to {max(errors):.5f}"}
-        line |= {"s in training": f"{np.mean(seconds):.1f}"}
-        times = ", ".join(f"{s:.1f}" for s in times_to_monai(name, rows, args))
-        summary.append(line | {"s until MONAI's best last error, by seed": times})
-    summary.append({"network": "visible mean", "mean error": f"{baseline:.5f}"})
-    print(f"\n{format_table(summary)}")
+    last = [row for row in rows if row["step"] == args.steps]
+    table = format_table(last, ["network", "seed", "val_masked_mse", "train_seconds"])
+    print(f"\nvisible mean: {baseline:.5f}\n{table}")
     save_csv(args.output, [row | setting for row in rows])
     plot(args.output.with_suffix(".png"), rows, baseline)
-
-
-def times_to_monai(name: str, rows: Sequence[dict], args) -> list[float]:
-    """For each seed, seconds that ``name`` needs to be as good as the better MONAI network at its last step."""
-    times = []
-    for seed in args.seeds:
-        of_seed = [row for row in rows if row["seed"] == seed]
-        last = [row["val_masked_mse"] for row in of_seed if row["network"] in MONAI and row["step"] == args.steps]
-        curve = [row for row in of_seed if row["network"] == name]
-        times.append(seconds_to_reach(curve, min(last, default=math.nan)))
-    return times
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ RUNS = (("scratch", 1.0), *(("shipped", decay) for decay in (1.0, 0.75, 0.5, 0.2
 def fine_tuning(study: Study, start: str, decay: float, seed: int, steps: int) -> tuple[Cell, Path]:
     """A run, and its output folder."""
     output = study.work_dir / "layer_decay" / f"{start}_{decay}_{seed}_{steps}"
-    options = {"pretrained": ENCODER if start == "shipped" else "null", "layer_decay": decay, "max_val_scans": 5}
+    options = {"pretrained": ENCODER if start == "shipped" else "null", "layer_decay": decay, "validate#max_scans": 5}
     epochs = schedule(TASK, LABELS, steps)[1]
 
     def run() -> None:

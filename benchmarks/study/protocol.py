@@ -125,11 +125,6 @@ ARTIFACTS = {
     "contrast": {"_target_": "RandAdjustContrastd", "keys": "image", "prob": 1.0, "gamma": [2.0, 2.0]},
 }
 #: the scaling of the bundle, which scans with artifacts go through again
-RESCALING = {
-    "_target_": "sspformer.transforms.ScaleByPercentilesd",
-    "keys": "image",
-    "lower": 0.5,
-    "upper": 99.5,
-}
+RESCALING = {"_target_": "sspformer.transforms.ScaleByPercentilesd", "keys": "image", "lower": 0.5, "upper": 99.5}
 #: the same artifacts for every network
 ARTIFACT_OVERLAY = {"+initialize": ["$monai.utils.set_determinism(seed=0)"]}

@@ -9,29 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import RESULTS, read_csv, save_csv, save_figure
+from benchmarks.study import protocol
 from benchmarks.study.intervals import as_array, compare, interval, tables_of
-from benchmarks.study.protocol import (
-    ARMS,
-    ARTIFACTS,
-    COMPARISONS,
-    CURVES,
-    DEGRADATIONS,
-    EVERY,
-    LEVELS,
-    LONG,
-    MAIN,
-    N_DEGRADATIONS,
-    N_PRIMARY,
-    PAGE,
-    PEERS,
-    RESTORATION,
-    RESTORATION_PEERS,
-    ROBUSTNESS,
-    RUNNABLE,
-    SEEDS,
-    SHORT_TASK,
-    TASKS,
-)
 from benchmarks.study.runs import Study
 from sspformer.io import format_table
 
@@ -51,12 +30,12 @@ def report(study: Study) -> None:
         publish(pretrained, "study_pretraining.csv")
     if clean:
         save_csv(RESULTS / "study_segmentation.csv", clean)
-        summaries += publish(compare(clean, ["task", "n_labels"], N_PRIMARY), "study_segmentation_summary.csv")
-        plot_labels(clean, CURVES)
+        summaries += publish(compare(clean, ["task", "n_labels"], protocol.N_PRIMARY), "study_segmentation_summary.csv")
+        plot_labels(clean, protocol.CURVES)
     if restored:
         save_csv(RESULTS / "study_restoration.csv", restored)
-        every = mean_over(restored, "degradation", "gain", N_DEGRADATIONS)
-        summary = compare(every, ["task", "degradation"], N_PRIMARY, "gain", 3)
+        every = mean_over(restored, "degradation", "gain", protocol.N_DEGRADATIONS)
+        summary = compare(every, ["task", "degradation"], protocol.N_PRIMARY, "gain", 3)
         summary += compare(restored, ["task", "degradation"], None, "gain", 3)
         summaries += publish(summary, "study_restoration_summary.csv")
     if robust:
@@ -69,18 +48,18 @@ def report(study: Study) -> None:
             for row in robust
             if (scan := tuple(row[name] for name in key)) in before
         ]
-        every = mean_over(losses, "artifact", "dice", {ROBUSTNESS[0]: len(ARTIFACTS)})
+        every = mean_over(losses, "artifact", "dice", {protocol.ROBUSTNESS[0]: len(protocol.ARTIFACTS)})
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         summaries += publish(summary, "study_robustness_summary.csv")
-    PAGE.write_text(with_tables(PAGE.read_text(), page_tables(summaries, pretrained)))
-    print(f"tables written to {PAGE}")
+    protocol.PAGE.write_text(with_tables(protocol.PAGE.read_text(), page_tables(summaries, pretrained)))
+    print(f"tables written to {protocol.PAGE}")
 
 
 def collect_pretraining(study: Study) -> list[dict]:
     """Last validation of the complete pretrainings: mean, lowest and highest over the seeds of an arm."""
     summary = []
-    for arm in RUNNABLE:
-        seeds = [seed for seed in SEEDS if study.pretrain(arm, seed).complete()]
+    for arm in protocol.RUNNABLE:
+        seeds = [seed for seed in protocol.SEEDS if study.pretrain(arm, seed).complete()]
         if not seeds:
             continue
         histories = [study.work_dir / "pretrain" / f"{arm}_{seed}" / "history.csv" for seed in seeds]
@@ -97,8 +76,8 @@ def collect_pretraining(study: Study) -> list[dict]:
 def collect(study: Study) -> tuple[list[dict], list[dict]]:
     """Mean Dice of every test subject in the complete runs, on scans as they are and on those with artifacts."""
     clean, robust = [], []
-    for task in TASKS:
-        for run in sorted((study.work_dir / f"{task}_{TASKS[task]['steps']}").glob("*_*")):
+    for task in protocol.TASKS:
+        for run in sorted((study.work_dir / f"{task}_{protocol.TASKS[task]['steps']}").glob("*_*")):
             n_labels, start, seed = run.name.split("_", 1)[0], *run.name.split("_", 1)[1].rsplit("_", 1)
             for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
                 artifact = evaluation.parent.name.removeprefix("evaluation").removeprefix("_")
@@ -118,7 +97,7 @@ def collect(study: Study) -> tuple[list[dict], list[dict]]:
 def collect_restoration(study: Study) -> list[dict]:
     """Gain in PSNR, dB, of every test subject in the complete runs, by degradation; the mean of its scans."""
     lines = []
-    for task, (settings, _) in RESTORATION.items():
+    for task, (settings, _) in protocol.RESTORATION.items():
         for file in sorted((study.work_dir / f"{task}_{settings['epochs']}").glob("*/quality.csv")):
             start, seed = file.parent.name.rsplit("_", 1)
             rows = read_csv(file)
@@ -187,25 +166,26 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
 
     A cell has a mean, the 95 % interval of a difference, and the number of seeds in brackets where it is not three.
     """
-    restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in LEVELS}}
+    restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in protocol.LEVELS}}
     groups = {
-        ("brain_structures", n): f"17 structures, {n} labelled, Dice" for n in TASKS["brain_structures"]["labels"]
+        ("brain_structures", n): f"17 structures, {n} labelled, Dice"
+        for n in protocol.TASKS["brain_structures"]["labels"]
     }
-    groups |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in TASKS["hippocampus"]["labels"]}
+    groups |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in protocol.TASKS["hippocampus"]["labels"]}
     groups |= {("denoising", key): f"denoising, {name}, dB" for key, name in restored.items()}
-    degradations = ("mean of all", *DEGRADATIONS)
+    degradations = ("mean of all", *protocol.DEGRADATIONS)
     groups |= {
         ("super_resolution", key): f"super-resolution, {key.removesuffix(' of all')}, dB" for key in degradations
     }
-    robust = [(*ROBUSTNESS, artifact) for artifact in (*ARTIFACTS, "mean of all")]
+    robust = [(*protocol.ROBUSTNESS, artifact) for artifact in (*protocol.ARTIFACTS, "mean of all")]
     cells = {}
     for row in summary:
         group = tuple(row[name] for name in ("task", "n_labels", "degradation", "artifact") if name in row)
-        digits = 2 if row["task"] in RESTORATION else 3
+        digits = 2 if row["task"] in protocol.RESTORATION else 3
         text = f"{row['mean']:{'+' if ' - ' in row['arm'] else ''}.{digits}f}"
         if " - " in row["arm"]:
             text += f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
-        cells[group, row["arm"]] = text + ("" if row["seeds"] == len(SEEDS) else f" ({row['seeds']})")
+        cells[group, row["arm"]] = text + ("" if row["seeds"] == len(protocol.SEEDS) else f" ({row['seeds']})")
 
     def table(rows: dict, columns: dict, by_arm: bool = False) -> str:
         """Rows and columns map the key of a group, or the name of an arm, to a title."""
@@ -222,10 +202,10 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
     def against_peers(peers: Collection[str]) -> dict[str, str]:
         return arms("scratch", *peers, *(f"{peer} - scratch" for peer in peers))
 
-    main = arms(*MAIN, "scheduled_long - scratch", "scheduled_long - random_long")
-    short = [arm for arm in ARMS if arm not in LONG]
-    pairs = [f"{a} - {b}" for a, b, _ in COMPARISONS if a in short]
-    levels = {key: name for key, name in groups.items() if key[0] == SHORT_TASK}
+    main = arms(*protocol.MAIN, "scheduled_long - scratch", "scheduled_long - random_long")
+    short = [arm for arm in protocol.ARMS if arm not in protocol.LONG]
+    pairs = [f"{a} - {b}" for a, b, _ in protocol.COMPARISONS if a in short]
+    levels = {key: name for key, name in groups.items() if key[0] == protocol.SHORT_TASK}
     names = {
         "masked_error": "all hidden patches",
         "high_frequency_error": "quarter with the highest energy",
@@ -242,8 +222,8 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
     return {
         "main": table(groups, main),
         "short": table(arms("scratch", *short, *pairs), levels, by_arm=True),
-        "segmentation peers": table(groups, against_peers(PEERS)),
-        "restoration peers": table(groups, against_peers((*RESTORATION_PEERS, "cubic"))),
+        "segmentation peers": table(groups, against_peers(protocol.PEERS)),
+        "restoration peers": table(groups, against_peers((*protocol.RESTORATION_PEERS, "cubic"))),
         "robustness": table({group: group[-1] for group in robust}, main),
         "pretraining": markdown(["arm", "seeds", *names.values()], body),
     }
@@ -269,8 +249,8 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
 def plot_labels(rows: Sequence[dict], path: Path) -> None:
     """Draw Dice against the number of labelled subjects.
 
-    Lines and intervals take the seeds that the arms of `MAIN` have with every number of labels, as seeds differ by more
-    than arms. Pale points are single runs of all seeds.
+    Lines and intervals take the seeds that the arms of ``MAIN`` have with every number of labels, as seeds differ by
+    more than arms. Pale points are single runs of all seeds.
     """
     import matplotlib
 
@@ -278,17 +258,17 @@ def plot_labels(rows: Sequence[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    shown = [start for start in EVERY if any(row["start"] == start for row in rows)]
+    shown = [start for start in protocol.EVERY if any(row["start"] == start for row in rows)]
     figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks):
         here = [row for row in rows if row["task"] == task]
         labels = sorted({row["n_labels"] for row in here})
         tables = {n: tables_of([row for row in here if row["n_labels"] == n], "dice") for n in labels}
-        _, common = as_array(*(tables[n].get(start, {}) for n in labels for start in MAIN))
+        _, common = as_array(*(tables[n].get(start, {}) for n in labels for start in protocol.MAIN))
         starts = [start for start in shown if any(start in tables[n] for n in labels)]
         for at, start in enumerate(starts):
             shift = 1 + 0.04 * (at - (len(starts) - 1) / 2)  # so that intervals stand side by side
-            line = "-" if start in MAIN else ""
+            line = "-" if start in protocol.MAIN else ""
             color = f"C{shown.index(start)}"  # the same in both panels
             points = []
             for n in labels:

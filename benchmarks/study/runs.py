@@ -17,26 +17,7 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, read_csv, read_manifest, subject_of
 from benchmarks.restoration.evaluation import training_scans
-from benchmarks.study.protocol import (
-    ARMS,
-    ARTIFACT_OVERLAY,
-    ARTIFACTS,
-    CONFIGS,
-    CROP,
-    EPOCHS,
-    LONG,
-    MAIN,
-    ONCE,
-    PEERS,
-    PRETRAINING,
-    RESCALING,
-    RESTORATION,
-    RESTORATION_PEERS,
-    ROBUSTNESS,
-    SHORT_TASK,
-    STAGES,
-    TASKS,
-)
+from benchmarks.study import protocol
 from sspformer.io import write_atomically
 
 
@@ -121,17 +102,17 @@ class Study:
 
     def pretrain(self, arm: str, seed: int) -> Cell:
         """The pretraining of an arm."""
-        options, share = ARMS[arm]
+        options, share = protocol.ARMS[arm]
         overlays, options = [o for o in options if o.endswith(".json")], [o for o in options if not o.endswith(".json")]
-        epochs = round(EPOCHS * share)
+        epochs = round(protocol.EPOCHS * share)
         output = self.work_dir / "pretrain" / f"{arm}_{seed}"
 
         def run() -> None:
-            lists = self.datalist("pretrain", *PRETRAINING)
+            lists = self.datalist("pretrain", *protocol.PRETRAINING)
             fixed = {
                 "dataset_dir": lists,
                 "cache_dir": self.work_dir / "cache",
-                "image_size": [CROP] * 3,
+                "crop_size": [protocol.CROP] * 3,
                 "crops_per_scan": 1,
                 "epochs": epochs,
                 "val_interval": max(1, epochs // 4),
@@ -149,13 +130,13 @@ class Study:
 
     def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
         """Fine-tuning from an arm's encoder or from ``scratch``, or a peer's training; then Dice of test subjects."""
-        setup, output = TASKS[task], self.run_of(task, n_labels, start, seed)
-        peer = start in PEERS
-        steps = round(setup["steps"] / PEERS[start][task]) if peer else setup["steps"]
-        overlays = [*setup["overlays"], *([CONFIGS / f"{start}.json"] if peer else [])]
+        setup, output = protocol.TASKS[task], self.run_of(task, n_labels, start, seed)
+        peer = start in protocol.PEERS
+        steps = round(setup["steps"] / protocol.PEERS[start][task]) if peer else setup["steps"]
+        overlays = [*setup["overlays"], *([protocol.CONFIGS / f"{start}.json"] if peer else [])]
 
         def run() -> None:
-            options = {"pretrained": self.encoder(start, seed), "max_val_scans": 4}
+            options = {"pretrained": self.encoder(start, seed), "validate#max_scans": 4}
             self.fine_tune(task, n_labels, seed, steps, overlays, options, output)
             self.evaluate(task, overlays, output, output / "evaluation")
 
@@ -178,8 +159,8 @@ class Study:
         options = {
             "dataset_dir": self.labelled(task),
             "seed": seed,
-            "batch_size": TASKS[task]["batch"],
-            "max_subjects": n_labels,
+            "batch_size": protocol.TASKS[task]["batch"],
+            "data_options#max_subjects": n_labels,
             "crops_per_scan": crops,
             "epochs": epochs,
             "val_interval": epochs,
@@ -190,10 +171,10 @@ class Study:
 
     def restore(self, task: str, start: str, seed: int) -> Cell:
         """Training of denoising or super-resolution, with the same starts; then PSNR of the test scans."""
-        settings, evaluation = RESTORATION[task]
-        peer = start in RESTORATION_PEERS
+        settings, evaluation = protocol.RESTORATION[task]
+        peer = start in protocol.RESTORATION_PEERS
         crops = settings["crops_per_scan"]
-        crops = max(1, round(crops / RESTORATION_PEERS[start][task])) if peer else crops
+        crops = max(1, round(crops / protocol.RESTORATION_PEERS[start][task])) if peer else crops
         output = self.work_dir / f"{task}_{settings['epochs']}" / f"{start}_{seed}"
 
         def run() -> None:
@@ -205,10 +186,10 @@ class Study:
                     "pretrained": self.encoder(start, seed),
                     "crops_per_scan": crops,
                     "val_interval": settings["epochs"],
-                    "max_val_scans": 3,
+                    "validate#max_scans": 3,
                     "cache_dir": self.work_dir / "cache",
                 }
-                overlays = [task, *([CONFIGS / f"{start}.json"] if peer else [])]
+                overlays = ["restoration", task, *([protocol.CONFIGS / f"{start}.json"] if peer else [])]
                 self.bundle("training", "train", overlays, as_options(options), output)
             command = [sys.executable, "-m", f"benchmarks.restoration.{task}", "--data", self.data, *evaluation]
             part = output / "quality.part.csv"
@@ -220,12 +201,12 @@ class Study:
 
     def labelled(self, task: str) -> Path:
         """Datalist of a segmentation."""
-        return self.datalist(task, TASKS[task]["splits"], [f"{task}/images/"])
+        return self.datalist(task, protocol.TASKS[task]["splits"], [f"{task}/images/"])
 
     def restoration_list(self, task: str) -> Path:
         """Datalist of a restoration's training."""
         files = {row["file"] for row in training_scans(self.data, task)}
-        return self.datalist(task, {"training": ["train"]}, PRETRAINING[1], files)
+        return self.datalist(task, {"training": ["train"]}, protocol.PRETRAINING[1], files)
 
     def robustness(self, task: str, n_labels: int, start: str, seed: int, artifact: str) -> Cell:
         """Dice of a fine-tuned network on test scans with an artifact."""
@@ -233,9 +214,9 @@ class Study:
         target = output / f"evaluation_{artifact}"
 
         def run() -> None:
-            changes = ARTIFACT_OVERLAY | {"+preprocessing": [ARTIFACTS[artifact], RESCALING]}
+            changes = protocol.ARTIFACT_OVERLAY | {"+preprocessing": [protocol.ARTIFACTS[artifact], protocol.RESCALING]}
             overlay = keep(self.work_dir / "artifacts" / f"{artifact}.json", json.dumps(changes))
-            self.evaluate(task, [*TASKS[task]["overlays"], overlay], output, target)
+            self.evaluate(task, [*protocol.TASKS[task]["overlays"], overlay], output, target)
 
         return Cell(f"robustness {task} {n_labels} {start} {seed} {artifact}", (target / "metrics.csv").is_file, run)
 
@@ -245,13 +226,13 @@ class Study:
             "dataset_dir": self.labelled(task),
             "weights": run / "models" / "model.pt",
             "max_pictures": 1,
-            "additional_metrics": "{}",
+            "evaluation#additional_metrics": "{}",
         }
-        self.bundle("evaluating", "evaluate", overlays, as_options(options), output)
+        self.bundle("evaluating", "train", [*overlays, "evaluate"], as_options(options), output)
 
     def run_of(self, task: str, n_labels: int, start: str, seed: int) -> Path:
         """Output folder of a fine-tuning."""
-        return self.work_dir / f"{task}_{TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
+        return self.work_dir / f"{task}_{protocol.TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
 
     def encoder(self, arm: str, seed: int) -> Path | str:
         """The encoder of an arm's pretraining; ``null`` for scratch and for peers, which start from random weights.
@@ -259,9 +240,9 @@ class Study:
         Raises:
             RuntimeError: if the pretraining is not complete.
         """
-        if arm not in ARMS:
+        if arm not in protocol.ARMS:
             return "null"
-        seed = 0 if arm in LONG else seed
+        seed = 0 if arm in protocol.LONG else seed
         if not (pretraining := self.pretrain(arm, seed)).complete():
             raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --arms {arm} --seeds {seed}")
         return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
@@ -281,7 +262,7 @@ def as_options(settings: dict[str, object]) -> list[str]:
 
 def schedule(task: str, n_labels: int, steps: int) -> tuple[int, int]:
     """Crops per scan, and epochs; an epoch has about 50 steps, or one crop of each subject."""
-    batch = TASKS[task]["batch"]
+    batch = protocol.TASKS[task]["batch"]
     crops = max(1, round(50 * batch / n_labels))
     return crops, max(1, round(steps / -(-n_labels * crops // batch)))
 
@@ -319,24 +300,30 @@ def run_all(cells: Sequence[Cell], jobs: int) -> list[str]:
 
 def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
     """The runs of every stage, in the order of the protocol: all of one seed, then the next."""
-    cells: dict[str, list[Cell]] = {stage: [] for stage in STAGES}
-    cells["pretrain"] += [study.pretrain(arm, 0) for arm in args.arms if arm in LONG]
+    cells: dict[str, list[Cell]] = {stage: [] for stage in protocol.STAGES}
+    cells["pretrain"] += [study.pretrain(arm, 0) for arm in args.arms if arm in protocol.LONG]
     for seed in args.seeds:
         every = args.full or seed == 0
-        arms = [arm for arm in args.arms if every or arm not in ONCE]
-        cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if arm not in LONG]
+        arms = [arm for arm in args.arms if every or arm not in protocol.ONCE]
+        cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if arm not in protocol.LONG]
         for task in args.tasks:
-            for n_labels in TASKS[task]["labels"]:
-                starts = [start for start in ("scratch", *arms) if args.full or start in MAIN]
-                if args.full or (every and n_labels == TASKS[task]["labels"][-1]):
+            for n_labels in protocol.TASKS[task]["labels"]:
+                starts = [start for start in ("scratch", *arms) if args.full or start in protocol.MAIN]
+                if args.full or (every and n_labels == protocol.TASKS[task]["labels"][-1]):
                     starts += args.peers
                 cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
-        for task in RESTORATION:
-            starts = [start for start in ("scratch", *arms) if args.full or start in MAIN or task == SHORT_TASK]
-            starts += RESTORATION_PEERS if every else ()
+        for task in protocol.RESTORATION:
+            starts = [
+                start
+                for start in ("scratch", *arms)
+                if args.full or start in protocol.MAIN or task == protocol.SHORT_TASK
+            ]
+            starts += protocol.RESTORATION_PEERS if every else ()
             cells["restore"] += [study.restore(task, start, seed) for start in starts]
-        task, n_labels = ROBUSTNESS
+        task, n_labels = protocol.ROBUSTNESS
         for start in ("scratch", *arms) if task in args.tasks else ():
-            if args.full or start in MAIN:
-                cells["robustness"] += [study.robustness(task, n_labels, start, seed, name) for name in ARTIFACTS]
+            if args.full or start in protocol.MAIN:
+                cells["robustness"] += [
+                    study.robustness(task, n_labels, start, seed, name) for name in protocol.ARTIFACTS
+                ]
     return cells

@@ -14,7 +14,13 @@ from . import kspace
 from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
 from .options import flag
 
-__all__ = ["BalancedDiceCELoss", "MaskedReconstructionLoss", "RestorationLoss", "normalize_patches"]
+__all__ = [
+    "BalancedDiceCELoss",
+    "MaskedReconstructionLoss",
+    "RestorationLoss",
+    "StandardizedMSELoss",
+    "normalize_patches",
+]
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,6 +111,22 @@ class BalancedDiceCELoss(DiceCELoss):
     def __init__(self, class_weight: Tensor | Sequence[float], **kwargs) -> None:
         super().__init__(**kwargs)
         self.cross_entropy.weight = torch.as_tensor(class_weight, dtype=torch.float32)
+
+
+class StandardizedMSELoss(nn.Module):
+    """Mean squared error of numbers, in units of the standard deviation of the training targets.
+
+    Args:
+        network: a :class:`sspformer.networks.ScanPredictor`, which knows that deviation.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = [network]  # in a list it is no part of this module
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The loss, a scalar, of predictions and targets ``(B, out_channels)``."""
+        return ((pred - target) / self._network[0].target_std).square().mean()
 
 
 class RestorationLoss(nn.Module):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from monai.handlers import from_engine
+from ignite.metrics import EpochMetric
+from monai.handlers import MeanSquaredError, PeakSignalToNoiseRatio, from_engine
 from monai.handlers.ignite_metric import IgniteMetricHandler
-from monai.metrics import HausdorffDistanceMetric, PSNRMetric, SSIMMetric, SurfaceDiceMetric
+from monai.metrics import HausdorffDistanceMetric, PSNRMetric, SSIMMetric, SurfaceDiceMetric, compute_roc_auc
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.networks import one_hot
 from scipy.stats import bootstrap
@@ -25,9 +26,15 @@ __all__ = [
     "HausdorffDistance95",
     "SurfaceDice",
     "bootstrap_interval",
+    "classification_scores",
     "mean_of_finite",
+    "regression_scores",
+    "reconstruction_metrics",
     "restoration_metrics",
+    "scan_metrics",
+    "score_intervals",
     "summarize",
+    "surface_metrics",
 ]
 
 
@@ -166,6 +173,45 @@ def restoration_metrics(spatial_dims: int = 3) -> dict[str, IgniteMetricHandler]
     }
 
 
+def reconstruction_metrics(spatial_dims: int = 3) -> dict[str, IgniteMetricHandler]:
+    """Scores of pretraining, of the output of :class:`sspformer.engines.Reconstruct`; for an evaluator, whose key
+    metric is the first. Intensity range 1.
+
+    ``masked_error`` is the mean squared error of the masked patches, ``high_frequency_error`` that of the quarter of
+    them with the highest energy, ``mean_prediction_error`` that of a network that has learned nothing. ``psnr`` is of
+    the masked patches, ``ssim`` (window of 7 voxels) of the whole reconstruction.
+
+    Args:
+        spatial_dims: 2 or 3.
+    """
+
+    def mean_squared_error(pred: str, true: str) -> MeanSquaredError:
+        return MeanSquaredError(output_transform=from_engine([pred, true]))
+
+    ssim = SSIMMetric(spatial_dims, data_range=1.0, win_size=7)
+    return {
+        "masked_error": mean_squared_error("pred_masked", "true_masked"),
+        "high_frequency_error": mean_squared_error("pred_high", "true_high"),
+        "mean_prediction_error": mean_squared_error("mean_masked", "true_masked"),
+        "psnr": PeakSignalToNoiseRatio(1.0, output_transform=from_engine(["pred_masked", "true_masked"])),
+        "ssim": IgniteMetricHandler(ssim, output_transform=from_engine(["reconstruction", "clean"])),
+    }
+
+
+def surface_metrics(num_classes: int, tolerance: float) -> dict[str, IgniteMetricHandler]:
+    """:class:`SurfaceDice` and :class:`HausdorffDistance95` of ``pred`` against ``label``, for an evaluator.
+
+    Args:
+        num_classes: with the background, which has no score.
+        tolerance: of the surface Dice in mm, 0 or more.
+    """
+    metrics = {"surface_dice": SurfaceDice(num_classes, tolerance), "hd95": HausdorffDistance95(num_classes)}
+    return {
+        name: IgniteMetricHandler(metric, output_transform=from_engine(["pred", "label"]))
+        for name, metric in metrics.items()
+    }
+
+
 def summarize(scores: np.ndarray, seed: int = 0, subjects: Sequence[str] | None = None) -> dict[str, float | int]:
     """Number, mean, 95 % confidence interval of the mean, standard deviation and median of the finite scores of
     subjects, and the number of infinite ones; nan where there are too few.
@@ -220,3 +266,92 @@ def mean_of_finite(scores: np.ndarray) -> np.ndarray:
     finite = np.where(np.isfinite(scores), scores, np.nan)
     counts = np.isfinite(scores).sum(axis=1)
     return np.divide(np.nansum(finite, axis=1), counts, out=np.full(len(scores), np.nan), where=counts > 0)
+
+
+def classification_scores(pred: Tensor, target: Tensor) -> dict[str, float]:
+    """Balanced accuracy (mean over the classes of the share that is found), accuracy and AUC (mean over the classes,
+    each against all others) of the classes that occur; nan where nothing can be said.
+
+    Args:
+        pred: probabilities ``(N, C)``.
+        target: classes ``(N,)``.
+    """
+    right = (pred.argmax(dim=1) == target).double()
+    classes = target.unique().tolist()
+    areas = [compute_roc_auc(pred[:, c], target == c) for c in classes] if len(classes) > 1 else [np.nan]
+    return {
+        "balanced_accuracy": float(np.mean([right[target == c].mean() for c in classes])),
+        "accuracy": float(right.mean()),
+        "auc": float(np.mean(areas)),
+    }
+
+
+def regression_scores(pred: Tensor, target: Tensor) -> dict[str, float]:
+    """Coefficient of determination R2 (nan where all targets are the same) and mean absolute error.
+
+    Args:
+        pred: numbers, ``(N,)`` or ``(N, 1)``.
+        target: of the same shape.
+    """
+    pred, target = pred.double(), target.double()
+    spread = (target - target.mean()).square().sum()
+    return {
+        "r2": float(1 - (target - pred).square().sum() / spread) if spread > 0 else np.nan,
+        "mae": float((target - pred).abs().mean()),
+    }
+
+
+def scan_metrics(score: Callable[[Tensor, Tensor], dict[str, float]], names: Sequence[str]) -> dict[str, EpochMetric]:
+    """Metrics of whole scans for an evaluator, whose key metric is the first.
+
+    Args:
+        score: :func:`classification_scores` or :func:`regression_scores`.
+        names: of the scores to take.
+    """
+
+    def metric(name: str) -> EpochMetric:
+        return EpochMetric(
+            lambda pred, target: score(pred, target)[name],
+            output_transform=from_engine(["pred", "label"]),
+            check_compute_fn=False,
+        )
+
+    return {name: metric(name) for name in names}
+
+
+def score_intervals(
+    score: Callable[[Tensor, Tensor], dict[str, float]],
+    pred: Tensor,
+    target: Tensor,
+    subjects: Sequence[str],
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Scores with 95 % confidence intervals: percentile bootstrap over subjects, who bring all their scans.
+
+    Args:
+        score: as of :func:`scan_metrics`.
+        pred, target: of N scans, as ``score`` takes them.
+        subjects: whose scan each is.
+        n_resamples: draws of subjects with replacement.
+        seed: of the draws.
+
+    Returns:
+        name to ``value``, ``ci_low`` and ``ci_high``; the interval of one subject is nan.
+    """
+    of_subject: dict[str, list[int]] = {}
+    for i, subject in enumerate(subjects):
+        of_subject.setdefault(subject, []).append(i)
+    scans, n = list(of_subject.values()), len(of_subject)
+    draws = np.random.default_rng(seed).integers(n, size=(n_resamples if n > 1 else 0, n))
+    resampled = []
+    for drawn in draws:  # scipy's bootstrap has no interval where the score of one draw is nan, such as without a class
+        index = [i for subject in drawn for i in scans[subject]]
+        resampled.append(score(pred[index], target[index]))
+    intervals = {}
+    for name, value in score(pred, target).items():
+        values = np.array([scores[name] for scores in resampled] or [np.nan])
+        finite = values[np.isfinite(values)]
+        low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
+        intervals[name] = {"value": value, "ci_low": float(low), "ci_high": float(high)}
+    return intervals

@@ -24,6 +24,7 @@ __all__ = [
     "class_colors",
     "curves",
     "figure_to_array",
+    "prediction_figure",
     "reconstruction_panel",
     "restoration_panel",
     "segmentation_panel",
@@ -330,6 +331,34 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure:
             axis.legend(fontsize=8)
     for axis in list(axes):
         axis.remove()  # the last row may not be full
+    return figure
+
+
+def prediction_figure(pred: Tensor, target: Tensor, class_names: Sequence[str] = ()) -> Figure:
+    """The confusion matrix of classes, or predicted against true numbers.
+
+    Args:
+        pred: probabilities ``(N, C)``, or numbers ``(N,)``.
+        target: classes or numbers, ``(N,)``.
+        class_names: C names; empty: numbers.
+    """
+    n = len(class_names)
+    figure = Figure(figsize=(max(4, 1 + 0.6 * n),) * 2, layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    axis.set(xlabel="predicted", ylabel="true")
+    if not class_names:
+        ends = [float(torch.cat([pred, target]).min()), float(torch.cat([pred, target]).max())]
+        axis.plot(ends, ends, color="grey", linewidth=1)
+        axis.scatter(pred, target, s=16)
+        axis.set_aspect("equal")
+        return figure
+    counts = torch.bincount(n * target + pred.argmax(dim=1), minlength=n * n).reshape(n, n)
+    axis.imshow(counts / counts.sum(dim=1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(n), class_names, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(n), class_names)
+    for i, j in np.ndindex(n, n):
+        share = counts[i, j] / counts[i].sum().clamp(min=1)
+        axis.text(j, i, int(counts[i, j]), ha="center", va="center", color="white" if share > 0.5 else "black")
     return figure
 
 

@@ -42,6 +42,18 @@ def test_what_a_stopped_run_has_read_is_not_read_again(scans, tmp_path, monkeypa
     assert sorted(read) == [f"p{i}.nii" for i in range(6)]
 
 
+def test_a_stopped_run_loses_nothing_of_earlier_ones(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("x")
+    with cache.CheckCache(tmp_path) as checks:
+        first = {name: checks.get(lambda files: {"path": str(files[0])}, [tmp_path / name]) for name in "ab"}
+    with pytest.raises(KeyboardInterrupt), cache.CheckCache(tmp_path):
+        raise KeyboardInterrupt
+    with cache.CheckCache(tmp_path) as checks:
+        assert checks.get(lambda files: {"path": "read again"}, [tmp_path / "a"]) == first["a"]
+    assert list(json.loads((tmp_path / "scan_check.json").read_text()).values()) == [first["a"]]  # nobody asked for b
+
+
 def test_a_killed_run_keeps_what_threads_read_before(tmp_path, monkeypatch):
     """Nothing ends a killed run, so results are saved while it goes on; half a file never replaces a whole one."""
     monkeypatch.setattr(cache, "SAVE_EVERY", 0.0)

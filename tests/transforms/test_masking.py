@@ -1,4 +1,4 @@
-"""Laws of inverse frequency projection masking (METHOD.md): counts, probabilities, invariances, strata.
+"""Laws of inverse frequency projection masking (docs/method.md): counts, probabilities, invariances, strata.
 
 Statistical tolerances are several standard errors of the estimate, with fixed seeds; draws are batched.
 """

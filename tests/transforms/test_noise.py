@@ -1,4 +1,4 @@
-"""Laws of the frequency-weighted noise (METHOD.md): moments, spectrum, ghosts, and the transforms around it.
+"""Laws of the frequency-weighted noise (docs/method.md): moments, spectrum, ghosts, and the transforms around it.
 
 Statistical tolerances are several standard errors of the estimate, with fixed seeds.
 """

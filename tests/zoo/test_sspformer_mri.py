@@ -12,29 +12,29 @@ from monai.bundle import ConfigWorkflow
 from parameterized import parameterized
 
 BUNDLE_ROOT = os.path.abspath("models/sspformer_mri")
-SMALL = {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "roi_size": [32, 32, 32]}
+SMALL = {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "crop_size": [32, 32, 32], "roi_size": [32, 32, 32]}
 TWO_CLASSES = {"class_names": ["shell", "core"], "network_def#out_channels": 3}
 SHORT = {"epochs": 1, "batch_size": 2, "crops_per_scan": 1, "val_fraction": 0.4}
 
 TEST_CASE_PRETRAIN = [
     "pretrain",
     [],
-    {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "image_size": [32, 32, 32], **SHORT},
+    {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "crop_size": [32, 32, 32], **SHORT},
 ]
 TEST_CASE_PRETRAIN_2D = [
     "pretrain_2d",
     ["pretrain_2d.json"],
-    {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "image_size": [48, 48], **SHORT},
+    {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "crop_size": [48, 48], **SHORT},
 ]
 TEST_CASE_SEGMENTATION = ["segmentation", [], TWO_CLASSES]
-TEST_CASE_DENOISING = ["denoising", ["denoising.json"], {}]
-TEST_CASE_SUPER_RESOLUTION = ["super_resolution", ["super_resolution.json"], {}]
+TEST_CASE_DENOISING = ["denoising", ["restoration.json", "denoising.json"], {}]
+TEST_CASE_SUPER_RESOLUTION = ["super_resolution", ["restoration.json", "super_resolution.json"], {}]
 #: with the weights that ship
 TEST_CASE_INFER = [
     ["head", [], {}, "_seg"],
     ["hippocampus", ["hippocampus.json"], {}, "_seg"],
-    ["denoising", ["denoising.json"], {}, "_denoised"],
-    ["super_resolution", ["super_resolution.json"], {"factor": 2}, "_sr"],
+    ["denoising", ["restoration.json", "denoising.json"], {}, "_denoised"],
+    ["super_resolution", ["restoration.json", "super_resolution.json"], {"factor": 2}, "_sr"],
 ]
 
 
@@ -86,10 +86,8 @@ class TestSSPFormerMRI(unittest.TestCase):
     def test_train_eval_config(self, name, overlays, override):
         check_workflow(self.workflow("train", ["train.json", *overlays], {**SMALL, **SHORT, **override}))
         weights = os.path.join(self.output_dir, "models/model.pt")
-        evaluation = self.workflow(
-            "evaluation", ["evaluate.json", *overlays], {**SMALL, **override, "weights": weights}
-        )
-        check_workflow(evaluation)
+        configs = ["train.json", *overlays, "evaluate.json"]
+        check_workflow(self.workflow("evaluation", configs, {**SMALL, **override, "weights": weights}))
         with open(os.path.join(self.output_dir, "metrics.csv")) as file:
             self.assertGreater(len(file.readlines()), 3)  # a header, and a row a subject or a structure of it
 

@@ -33,6 +33,7 @@ from .labels import class_names, class_weights
 from .naming import is_label_path, subject_of
 from .options import DatasetOptions
 from .scan import Scan
+from .targets import TargetOptions, prepare_targets, prepare_test_targets, target_classes
 
 __all__ = [
     "CachedDataset",
@@ -41,6 +42,7 @@ __all__ = [
     "LazyDatalist",
     "Scan",
     "ScanBuffer",
+    "TargetOptions",
     "check_pairs",
     "class_names",
     "class_weights",
@@ -49,7 +51,10 @@ __all__ = [
     "is_label_path",
     "prepare_datalist",
     "prepare_pairs",
+    "prepare_targets",
     "prepare_test_pairs",
     "prepare_test_scans",
+    "prepare_test_targets",
     "subject_of",
+    "target_classes",
 ]

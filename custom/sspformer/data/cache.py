@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from monai.data import PersistentDataset
+from monai.data.utils import pickle_hashing
 from monai.utils import convert_to_tensor
 
 from ..io.files import digest, replacing, stats, write_atomically
@@ -32,8 +34,8 @@ SAVE_EVERY = 30.0  # seconds
 class CheckCache:
     """Results of the check in ``scan_check.json``, by path, size and time of the files and by what was asked.
 
-    Only usable results are kept. Threads may share a cache. As a context manager it saves at the end, also when the
-    run is stopped.
+    Only usable results are kept. Threads may share a cache. It saves when its context ends, also when the run is
+    stopped, and every now and then, for a run that is killed.
 
     Args:
         output_dir: the folder of the file. None: nothing is kept.
@@ -41,9 +43,8 @@ class CheckCache:
 
     def __init__(self, output_dir: Path | None = None) -> None:
         self.file = output_dir / "scan_check.json" if output_dir else None
+        self._old, self._new = {}, {}
         self._lock, self._saved = threading.Lock(), time.monotonic()
-        self._new: dict[str, dict] = {}
-        self._old: dict[str, dict] = {}
         try:
             stored = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
             self._old = stored if isinstance(stored, dict) else {}
@@ -57,20 +58,20 @@ class CheckCache:
         self._new[key] = result if isinstance(result, dict) else function(files, *args)
         with self._lock:
             if time.monotonic() - self._saved >= SAVE_EVERY:
-                self.save()
+                self._save(self._old | self._new)
         return self._new[key]
 
-    def save(self) -> None:
+    def _save(self, results: dict[str, dict]) -> None:
         if self.file:
-            write_atomically(self.file, json.dumps(self._new.copy()))
+            write_atomically(self.file, json.dumps(results))
         self._saved = time.monotonic()
 
     def __enter__(self) -> CheckCache:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, stopped: type[BaseException] | None, *_) -> None:
         with self._lock:
-            self.save()
+            self._save(self._old | self._new if stopped else self._new)  # what nobody asked for is outdated
 
 
 class CachedDataset(PersistentDataset):
@@ -79,7 +80,18 @@ class CachedDataset(PersistentDataset):
     MONAI moves each file from the system's temporary folder. On another file system that is a copy, and a kill or a
     second reader meets half of it. Here a file is written beside its place and renamed. One that cannot be read is made
     again, while MONAI knows only one of the errors that half a file raises.
+
+    Its name is a hash of the item (:func:`file_hashing`) and of the transforms. The affine is kept.
+
+    Args:
+        data: the items.
+        transform: what comes before its first random transform is kept.
+        cache_dir: folder of the files; several runs may share it.
     """
+
+    def __init__(self, data: Sequence[Mapping], transform: Callable, cache_dir: str | os.PathLike) -> None:
+        hashing = {"hash_func": file_hashing, "hash_transform": pickle_hashing}
+        super().__init__(data, transform, cache_dir, track_meta=True, **hashing)
 
     def _cachecheck(self, item_transformed: Any) -> Any:
         if self.cache_dir is None:

@@ -16,7 +16,7 @@ from ..io.dicom_in import read_dicom
 from ..io.errors import Unusable, by, check_size, reason_of, without_ones
 from .cache import CheckCache
 from .labels import integer_ranges
-from .options import DatasetOptions
+from .options import MIN_SIZE, DatasetOptions
 from .scan import Scan
 
 __all__ = ["check_dicom", "check_header", "check_label", "check_nifti", "check_scans"]
@@ -26,7 +26,7 @@ NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field"
 
 
 def check_scans(scans: Sequence[Scan], classes: set[int] | None, options: DatasetOptions, cache: CheckCache) -> None:
-    """Reads all scans, and gives each what was found out, or the reason why it is unusable.
+    """Reads all scans, and gives each its "check" or the "reason" why it is unusable.
 
     Args:
         scans: those with a reason are not read.
@@ -37,8 +37,7 @@ def check_scans(scans: Sequence[Scan], classes: set[int] | None, options: Datase
 
     def check(scan: Scan) -> None:
         if not scan.reason:
-            problems = [*_check_image(scan, options, cache), *_check_label_map(scan, classes, cache)]
-            scan.reason = "; ".join(problems)
+            scan.reason = "; ".join([*_check_image(scan, options, cache), *_check_label_map(scan, classes, cache)])
 
     if scans:
         thread_map(check, scans, max_workers=options.num_workers, desc="checking scans", disable=None)
@@ -115,7 +114,7 @@ def check_label(files: list[Path]) -> dict:
     Raises:
         Unusable: when it is no NIfTI file of one volume, or has a value that is not an integer.
     """
-    grid, image, voxels = _read_nifti(files, min_size=2)
+    grid, image, voxels = _read_nifti(files, MIN_SIZE)
     if len(shape := without_ones(image.shape)) > 3:
         raise Unusable(f"4D (shape {by(shape)}): a label map is one volume of class numbers")
     values, counts = np.unique(voxels, return_counts=True)

@@ -15,8 +15,8 @@ from .find import Found, find_pairs, find_scans
 from .labels import label_values
 from .listing import is_dicom, write_datalist
 from .naming import name_scans
-from .options import DatasetOptions
-from .report import refuse, report
+from .options import MIN_SIZE, DatasetOptions
+from .report import raise_if_unusable, report
 from .scan import Scan
 from .split import hold_out_test, keep_test, split_subjects
 
@@ -28,8 +28,6 @@ __all__ = [
     "prepare_test_pairs",
     "prepare_test_scans",
 ]
-
-MIN_SIZE = 2  # voxels along each side, where no crop is cut out
 
 
 def prepare_datalist(options: DatasetOptions) -> dict[str, list[dict]]:
@@ -101,7 +99,7 @@ def check_pairs(items: Sequence[Mapping], options: DatasetOptions) -> None:
         return found
 
     found = _find_and_check(listed, replace(options, min_size=MIN_SIZE))
-    refuse(found, root, "Correct or remove their label maps.")
+    raise_if_unusable(found, root, "Correct or remove their label maps.")
 
 
 def _find_and_check(find: Callable[..., Found], options: DatasetOptions, choose: Callable | None = None) -> Found:
@@ -132,8 +130,8 @@ def _lists(found: Found, options: DatasetOptions, *splits: str) -> dict[str, lis
     return lists
 
 
-def _test_items(find: Callable[..., Found], options: DatasetOptions) -> list[dict]:
-    found = _find_and_check(find, replace(options, min_size=MIN_SIZE), keep_test)
+def _test_items(find: Callable[..., Found], options: DatasetOptions, choose: Callable = keep_test) -> list[dict]:
+    found = _find_and_check(find, replace(options, min_size=MIN_SIZE), choose)
     report(found, options)
     return [item for scan in found.usable for item in scan.items()]
 

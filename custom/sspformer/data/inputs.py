@@ -13,14 +13,12 @@ from .cache import CheckCache
 from .check import check_header
 from .find import find_scans
 from .naming import name_scans
-from .options import DatasetOptions
+from .options import MIN_SIZE, DatasetOptions
 from .scan import Scan
 
 __all__ = ["find_inputs"]
 
 logger = logging.getLogger("sspformer")
-
-MIN_SIZE = 2  # voxels along each side
 
 
 def find_inputs(dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None) -> list[dict]:

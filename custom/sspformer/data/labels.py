@@ -18,8 +18,8 @@ __all__ = ["class_names", "class_weights", "integer_ranges", "label_values"]
 MAX_VALUES = 10  # named in a message
 
 
-def label_values(classes: int | Mapping | None) -> set[int] | None:
-    """The label values of n classes, of {value: name} or of {name: value or values}; None for any.
+def label_values(classes: int | Sequence[str] | Mapping | None) -> set[int] | None:
+    """The label values of n classes, [names from 1 on], {value: name} or {name: value or values}; None for any.
 
     Raises:
         ValueError: for something else, and for fewer than 2 classes.
@@ -28,8 +28,10 @@ def label_values(classes: int | Mapping | None) -> set[int] | None:
         return None
     if isinstance(classes, int):
         values = set(range(classes))
+    elif isinstance(classes, (list, tuple)):
+        values = set(range(len(classes) + 1))
     elif not isinstance(classes, Mapping):
-        raise ValueError(f"classes must be a number, a mapping or None, got {classes!r}.")
+        raise ValueError(f"classes must be a number, names, a mapping or None, got {classes!r}.")
     elif all(str(key).isdecimal() for key in classes):
         values = set(map(int, classes))
     else:
@@ -82,7 +84,7 @@ def class_names(bundle_root: str | os.PathLike) -> list[str]:
     ``monai.bundle.load`` leaves ``bundle_root`` at the working directory. If that is no bundle, the one that holds this
     package is read.
     """
-    paths = [Path(root) / "configs" / "metadata.json" for root in (bundle_root, Path(__file__).parents[1])]
+    paths = [Path(root) / "configs" / "metadata.json" for root in (bundle_root, Path(__file__).parents[2])]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"no {paths[0]}: start in the bundle's folder, or name it with --bundle_root.")

@@ -73,10 +73,10 @@ def is_dicom(path: Path) -> bool:
 
 
 def pair_folders(root: Path) -> tuple[dict[Path, dict], list[Path]]:
-    """Images in a folder such as images/, and the label maps in labels/ that have no image.
+    """The images of a folder such as images/, and the label maps of labels/ that have no image.
 
-    Each image has the fields that its `Scan` gets: "split", and the "label_map" of the same relative path, present or
-    not, unless it is in the test split, whose images need none.
+    Each image has the fields that its `Scan` gets: its "split", and the "label_map" of the same relative path, even if
+    it is missing. Images of the test split need none.
     """
     files: dict[Path, dict] = {}
     orphans: list[Path] = []
@@ -145,7 +145,7 @@ def read_datalist(file: Path, with_labels: bool = False) -> dict[Path, dict]:
         )
     found: dict[Path, dict] = {}
     for split in SPLITS:
-        # without a list "validation", be it empty, "training" is still to be split
+        # an empty list "validation" means none; without the list "training" is still to be split
         is_split = split == "test" or isinstance(lists.get("validation"), list)
         for item in lists.get(split) or []:
             item = item if isinstance(item, dict) else {"image": item}

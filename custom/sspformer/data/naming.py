@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -147,13 +148,12 @@ def _person(scan: Scan) -> str:
 def name_scans(scans: Sequence[Scan], root_name: str, stem_first: bool = False) -> None:
     """Gives each scan a short unique name: its stem, with folders where needed.
 
-    A DICOM series has the name of its folder and its number for a stem.
+    The stem of a DICOM series is the name of its folder and its number. Special characters become `_`.
 
     Args:
         scans: of one data set.
         root_name: the folder of a series that lies in none.
-        stem_first: begin with the stem, as it is, instead of putting the folders before it. Special characters become
-            `_` elsewhere.
+        stem_first: begin with the stem, and leave it as it is, instead of putting the folders before it.
     """
     parts = []
     for scan in scans:
@@ -174,8 +174,6 @@ def name_scans(scans: Sequence[Scan], root_name: str, stem_first: bool = False) 
             depth[i] += 1
     used: set[str] = set()
     for scan, name in zip(scans, names, strict=True):
-        scan.name, n = name, 1
-        while scan.name.lower() in used:
-            n += 1
-            scan.name = f"{name}-{n}"
+        numbered = (f"{name}-{n}" for n in itertools.count(2))
+        scan.name = next(one for one in itertools.chain([name], numbered) if one.lower() not in used)
         used.add(scan.name.lower())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..options import flag, is_null
 
-__all__ = ["DatasetOptions"]
+__all__ = ["MIN_SIZE", "DatasetOptions"]
+
+MIN_SIZE = 2  # voxels along each side of any scan
 
 
 def _integer(value: object) -> int:
@@ -46,8 +48,9 @@ class DatasetOptions:
         dataset_dir: the data set, see :mod:`sspformer.data`.
         output_dir: gets ``scans.csv`` (a row for each scan), ``datalist.json`` (the split, a ``dataset_dir`` for later
             runs) and ``scan_check.json`` (spares unchanged files another reading). None: nothing is written.
-        classes: the values that label maps may hold: n for 0 to n - 1, or a mapping such as {"0": "background", ...} or
-            nnU-Net's {"background": 0, ...}. None: the "labels" of dataset.json if it has them, else any integers.
+        classes: the values that label maps may hold: n for 0 to n - 1, names of those from 1 on, or a mapping such as
+            {"0": "background", ...} or nnU-Net's {"background": 0, ...}. None: the "labels" of dataset.json if it has
+            them, else any integers.
         val_fraction: fraction of the subjects to validate on, in [0, 1), unless the data set has a list "validation".
             Above 0 it means one subject at least; a single subject serves for both, with a warning.
         seed: of the split and of the choice of ``max_subjects``. The same subjects and seed give the same split.
@@ -66,7 +69,7 @@ class DatasetOptions:
 
     dataset_dir: str | os.PathLike
     output_dir: str | os.PathLike | None = None
-    classes: int | Mapping | None = None
+    classes: int | Sequence[str] | Mapping | None = None
     val_fraction: float = 0.15
     seed: int = 0
     max_subjects: int | None = None
@@ -85,7 +88,7 @@ class DatasetOptions:
                 raise ValueError(f"{name} cannot be {value!r}: {error}") from error
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}.")
-        for name, least in {"min_size": 2, "max_volumes": 1}.items():
+        for name, least in {"min_size": MIN_SIZE, "max_volumes": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 

@@ -13,7 +13,7 @@ from .labels import integer_ranges
 from .options import DatasetOptions
 from .scan import Scan
 
-__all__ = ["refuse", "report"]
+__all__ = ["raise_if_unusable", "report"]
 
 logger = logging.getLogger("sspformer")
 
@@ -33,25 +33,29 @@ def report(found: Found, options: DatasetOptions) -> None:
     rows = [_row(scan, found.labelled) for scan in usable + found.unusable]
     left_out = {"label map": found.label_maps, "test scan": found.held_out}
     rows += [{"status": f"{what}, left out", "path": str(path)} for what, paths in left_out.items() for path in paths]
+    shown, more = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
+    if any(scan.target is not None for scan in usable):
+        more = ["target"]
+        for scan, row in zip(usable, rows):
+            row["target"] = options.classes[scan.target] if isinstance(scan.target, int) else f"{scan.target:g}"
     if options.output_dir:
-        columns = [*SHOWN, "labels", "status", "path", "label_path"] if found.labelled else [*SHOWN, "status", "path"]
-        write_csv(options.output_dir / "scans.csv", rows, columns)
+        write_csv(options.output_dir / "scans.csv", rows, [*shown, "status", "path", *more])
     if usable:
-        columns = [*SHOWN, "labels"] if found.labelled else SHOWN
-        logger.info(f"Scans in {options.dataset_dir}:\n{format_table(rows[: len(usable)], columns, max_rows=MAX_ROWS)}")
+        logger.info(f"Scans in {options.dataset_dir}:\n{format_table(rows[: len(usable)], shown, max_rows=MAX_ROWS)}")
     for scan in found.unusable:
         logger.warning(f"Unusable: {scan}: {scan.reason}.")
     summary = _summary(found)
     logger.info(summary + (f" All rows are in {options.output_dir / 'scans.csv'}." if options.output_dir else ""))
     if not options.skip_unreadable:
-        refuse(found, options.dataset_dir, "Repair or remove them, or pass --skip_unreadable true to leave them out.")
+        hint = "Repair or remove them, or pass --data_options#skip_unreadable true to leave them out."
+        raise_if_unusable(found, options.dataset_dir, hint)
     if not usable and not found.held_out:
         raise ValueError(f"no usable scan in {options.dataset_dir}, which must be {found.layout}. Found: {summary}")
     if found.labelled:
         _warn_of_labels(found)
 
 
-def refuse(found: Found, source: Path, hint: str) -> None:
+def raise_if_unusable(found: Found, source: Path, hint: str) -> None:
     """Raises `ValueError` if a scan is unusable, naming all of them, their reasons and what to do."""
     if unusable := found.unusable:
         named = "".join(f"\n  {scan}: {scan.reason}" for scan in unusable[:MAX_NAMED])
@@ -64,6 +68,7 @@ def refuse(found: Found, source: Path, hint: str) -> None:
 def _row(scan: Scan, labelled: bool) -> dict[str, str]:
     """The row of `scans.csv`."""
     volumes = f"volumes {' '.join(map(str, scan.volumes))} of a 4D file" if scan.volumes else ""
+    status = f"unusable: {scan.reason}" if scan.reason else "; ".join(filter(None, ["usable", volumes, scan.note]))
     row = {
         "name": scan.name,
         "subject": scan.subject,
@@ -72,9 +77,7 @@ def _row(scan: Scan, labelled: bool) -> dict[str, str]:
         "shape": by(scan.check.get("shape", [])),
         "spacing_mm": by(scan.check.get("spacing", [])),
         "orientation": scan.check.get("orientation", ""),
-        "status": f"unusable: {scan.reason}"
-        if scan.reason
-        else "; ".join(filter(None, ["usable", volumes, scan.note])),
+        "status": status,
         "path": str(scan),
     }
     if labelled:
@@ -83,15 +86,15 @@ def _row(scan: Scan, labelled: bool) -> dict[str, str]:
 
 
 def _summary(found: Found) -> str:
-    usable = found.usable
-    splits = Counter(scan.split for scan in usable)
-    parts = [
-        f"{len(usable)} usable {found.kind} of {len({scan.subject for scan in usable})} subjects "
-        f"({', '.join(f'{n} {split}' for split, n in sorted(splits.items()))})",
-        f"{len(found.unusable)} unusable",
-    ]
-    counts = {"label maps left out": len(found.label_maps), "test scans left out": len(found.held_out)}
-    counts["other files ignored"] = found.others
+    usable, subjects = found.usable, {scan.subject for scan in found.usable}
+    splits = ", ".join(f"{n} {split}" for split, n in sorted(Counter(scan.split for scan in usable).items()))
+    parts = [f"{len(usable)} usable {found.kind} of {len(subjects)} subjects" + (f" ({splits})" if splits else "")]
+    parts += [f"{len(found.unusable)} unusable"]
+    counts = {
+        "label maps left out": len(found.label_maps),
+        "test scans left out": len(found.held_out),
+        "other files ignored": found.others,
+    }
     return ", ".join(parts + [f"{count} {what}" for what, count in counts.items() if count]) + "."
 
 

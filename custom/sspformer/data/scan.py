@@ -20,6 +20,7 @@ class Scan:
     root: Path  # the folder of the data set
     format: str = "NIfTI"  # or "DICOM", or "?"
     label_map: Path | None = None
+    target: float | int | None = None  # of a whole scan: a number, or the index of a class
     subject: str = ""
     split: str = ""  # "training", "validation", "both", "test" or "left out"
     name: str = ""  # unique, fit for a file name
@@ -69,6 +70,8 @@ class Scan:
         item = {"image": files if self.series else files[0]}
         if self.label_map:
             item["label"] = str(self.label_map)
+        if self.target is not None:
+            item["target"] = self.target
         version = digest(stats([*self.files, *self.label_files]))
         item |= {"subject": self.subject, "name": self.name, "version": version}
         return [item | {"name": f"{self.name}_vol{v:03d}", "volume": v} for v in self.volumes] or [item]

@@ -46,7 +46,9 @@ def split_subjects(found: Found, options: DatasetOptions) -> None:
     """
     scans = found.usable
     if to_split := [scan for scan in scans if not scan.split]:
-        _draw_validation(to_split, options)
+        classes = {scan.target for scan in to_split if isinstance(scan.target, int)}
+        for target in sorted(classes) or [None]:  # each class on its own
+            _draw_validation([scan for scan in to_split if target in (None, scan.target)], options)
     for splits in itertools.combinations(SPLITS, 2):
         first, second = ({s.subject for s in scans + found.held_out if s.split == split} for split in splits)
         if both := first & second:
@@ -73,7 +75,7 @@ def _draw_validation(scans: list, options: DatasetOptions) -> None:
         logger.warning(
             f"All scans seem to be of one subject ({subjects[0]}), so the same scans serve for training and validation "
             "and the validation loss says nothing about other people. If they are of several, say how a path names the "
-            "subject, for example --subject_pattern 'patient[0-9]+'."
+            "subject, for example --data_options#subject_pattern 'patient[0-9]+'."
         )
         for scan in scans:
             scan.split = "both"

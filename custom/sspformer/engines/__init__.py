@@ -11,13 +11,22 @@ from .checkpoints import (
     save_network,
 )
 from .checks import check_settings, check_sides
+from .distributed import join_processes, local_device, of_this_process
 from .handlers import FreezeEncoder, GradientClipping, Progress, SeedEpoch, Validation
 from .history import History
 from .inference import InferenceDataset, InferenceEvaluator, InferenceReport, ResultWriter, ScansFailed, mark_done
 from .inferers import AutocastInferer, AutocastSlidingWindowInferer, fast_bfloat16
-from .optimizers import layer_decay_groups, weight_decay_groups
+from .optimizers import layer_decay_groups, warmup_cosine, weight_decay_groups
 from .panels import Panel, ReconstructionPanel, RestorationPanel, SavePNGd, SegmentationPanel
 from .postprocessing import Reconstruct, unpack_targets
+from .predictions import (
+    PredictionPanel,
+    PredictionReport,
+    PredictionTable,
+    PrepareTargetBatch,
+    SavePredictiond,
+    standardize_head,
+)
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
 from .train_step import TrainStep
@@ -35,9 +44,13 @@ __all__ = [
     "InferenceReport",
     "LoadCheckpoint",
     "Panel",
+    "PredictionPanel",
+    "PredictionReport",
+    "PredictionTable",
     "PrepareBatchOnDevice",
     "PrepareDegradedBatch",
     "PrepareMaskedBatch",
+    "PrepareTargetBatch",
     "Progress",
     "Reconstruct",
     "ReconstructionPanel",
@@ -47,6 +60,7 @@ __all__ = [
     "SaveCheckpoint",
     "SaveEncoder",
     "SavePNGd",
+    "SavePredictiond",
     "ScansFailed",
     "SeedEpoch",
     "SegmentationPanel",
@@ -56,10 +70,15 @@ __all__ = [
     "check_sides",
     "fast_bfloat16",
     "find_checkpoint",
+    "join_processes",
     "layer_decay_groups",
+    "local_device",
     "mark_done",
+    "of_this_process",
     "save_atomically",
     "save_network",
+    "standardize_head",
     "unpack_targets",
+    "warmup_cosine",
     "weight_decay_groups",
 ]

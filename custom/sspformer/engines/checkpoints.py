@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
 from monai.handlers import CheckpointLoader
+from monai.transforms import Transform
 
 from ..io.files import replacing
 from ..networks.pretrained import load_weights
+from ..options import flag, is_null
 
 __all__ = [
     "LoadCheckpoint",
@@ -38,8 +40,45 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
         torch.save(content, part)
 
 
+#: the file in an output folder from which an interrupted training goes on
+CHECKPOINT = "models/checkpoint.pt"
+
+
 class LoadCheckpoint(CheckpointLoader):
-    """MONAI's ``CheckpointLoader`` that restores the trainer's own state (epoch and iteration) as well."""
+    """Let an interrupted training go on: MONAI's ``CheckpointLoader``, which here restores epoch and iteration as well.
+
+    Without a checkpoint in the output folder it does nothing.
+
+    Args:
+        output_dir: of the run; its checkpoint is ``models/checkpoint.pt``, as :class:`SaveCheckpoint` writes it.
+        load_dict: name to object with ``load_state_dict``; ``network`` is one of them.
+        data: what is trained on, a list of items with ``image`` and perhaps ``name``.
+        settings: what else must be the same for the run to go on, see :func:`find_checkpoint`.
+        resume: False: start afresh.
+        map_location: device that the checkpoint is loaded to.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        load_dict: Mapping[str, Any],
+        data: Sequence[Mapping],
+        settings: Mapping[str, Any],
+        resume: bool = True,
+        map_location: torch.device | str | None = None,
+    ) -> None:
+        network = getattr(load_dict["network"], "module", load_dict["network"])
+        settings = {
+            "training data": [str(item.get("name", item["image"])) for item in data],
+            "parameters": [list(parameter.shape) for parameter in network.parameters()],
+            **settings,
+        }
+        self.found = find_checkpoint(str(Path(output_dir, CHECKPOINT)), flag(resume), settings)
+        super().__init__(self.found or "", dict(load_dict), map_location=map_location)
+
+    def attach(self, engine: Engine) -> None:
+        if self.found:
+            super().attach(engine)
 
     def __call__(self, engine: Engine) -> None:
         self.load_dict = {**self.load_dict, "trainer": engine}
@@ -62,13 +101,13 @@ class SaveCheckpoint:
     MONAI's ``CheckpointSaver`` writes in place: a kill at the wrong moment would leave nothing to resume from.
 
     Args:
-        path: of the file.
+        output_dir: of the run; the file is ``models/checkpoint.pt`` in it.
         save_dict: name to object with ``state_dict``; the trainer's own state joins them.
         interval: epochs between two writes; the last epoch is always written.
     """
 
-    def __init__(self, path: str, save_dict: Mapping[str, Any], interval: int = 1) -> None:
-        self.path, self.save_dict, self.interval = path, save_dict, interval
+    def __init__(self, output_dir: str | os.PathLike, save_dict: Mapping[str, Any], interval: int = 1) -> None:
+        self.path, self.save_dict, self.interval = Path(output_dir, CHECKPOINT), save_dict, interval
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(_every_and_last(self.interval), self)
@@ -150,14 +189,15 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
     Args:
         path: of the checkpoint in the output folder.
         resume: False: start afresh even if there is one, which is kept as ``*_previous.pt``.
-        settings: what must be the same for a run to be resumed (data, seed, epochs, ...): what JSON holds, and objects,
-            whose plain attributes are compared.
+        settings: what must be the same for a run to be resumed (data, seed, epochs, ...): what JSON holds, and
+            transforms, losses and other objects, whose attributes are compared.
 
     Raises:
         ValueError: if the checkpoint belongs to a run with other settings, naming them.
     """
     record = Path(path).with_suffix(".json")
     settings = json.loads(json.dumps(settings, default=_attributes))
+    settings = {name: None if isinstance(value, str) and is_null(value) else value for name, value in settings.items()}
     if resume and os.path.isfile(path):
         before = json.loads(record.read_text()) if record.is_file() else settings
         changed = [name for name in settings if before.get(name) != settings[name]]
@@ -176,9 +216,20 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
     return None
 
 
-def _attributes(settings: Any) -> dict[str, Any]:
+def _attributes(value: Any) -> Any:
+    """For JSON, the attributes of an object that are plain, or such objects themselves (transforms hold others)."""
+    if not hasattr(value, "__dict__"):
+        return str(value)
     plain = (bool, int, float, str, tuple, list, type(None))
-    return {k: v for k, v in vars(settings).items() if isinstance(v, plain) and not k.startswith("_")}
+    return {
+        name: attribute
+        for name, attribute in vars(value).items()
+        if not name.startswith("_") and (isinstance(attribute, (*plain, Transform)) or _is_ours(attribute))
+    }
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith(f"{__package__.partition('.')[0]}.")
 
 
 def _short(value: Any) -> str:

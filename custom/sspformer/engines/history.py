@@ -29,7 +29,8 @@ class History:
     Args:
         output_dir: where the files go.
         evaluator: its metrics join the row of an epoch in which it ran.
-        attributes: name to function without arguments, for more columns (learning rate, beta).
+        optimizer: its highest learning rate joins the row.
+        attributes: name to function without arguments, for more columns (such as beta).
         summary_writer: TensorBoard writer that gets the columns as scalars too, or None.
     """
 
@@ -37,12 +38,16 @@ class History:
         self,
         output_dir: str,
         evaluator: Engine | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         attributes: Mapping[str, Any] | None = None,
         summary_writer=None,
     ) -> None:
         self.directory = Path(output_dir)
         self.evaluator = evaluator
-        self.attributes = dict(attributes or {})
+        self.attributes: dict[str, Any] = {}
+        if optimizer is not None:
+            self.attributes["learning_rate"] = lambda: max(group["lr"] for group in optimizer.param_groups)
+        self.attributes.update(attributes or {})
         self.writer = summary_writer
         self.rows: list[dict[str, float]] = []
         self._validated_epoch = 0

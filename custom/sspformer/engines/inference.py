@@ -18,6 +18,7 @@ from ..compat import original_error
 from ..io.files import digest, stats, stem, write_atomically
 from ..io.load import files_of, is_series
 from ..io.tables import write_csv
+from ..options import flag
 
 __all__ = ["InferenceDataset", "InferenceEvaluator", "InferenceReport", "ResultWriter", "ScansFailed", "mark_done"]
 
@@ -70,6 +71,7 @@ def mark_done(
         the items. Each has ``done`` if its result is complete; a ``reason`` if a file of that name is there that was
         made from another scan or has no record; else the ``record`` (JSON) to write beside its result.
     """
+    overwrite = flag(overwrite)
     return [item if item.get("reason") else _mark(item, writers, weights, options, overwrite) for item in inputs]
 
 
@@ -96,8 +98,8 @@ def _mark(
 
 
 def _record_path(result: Path) -> Path:
-    """Path of the file that says what a NIfTI result was made from."""
-    return result.with_name(result.name.removesuffix(".nii.gz") + ".json")
+    """Path of the file that says what a result was made from."""
+    return result.with_name(result.name.removesuffix(".nii.gz").removesuffix(".csv") + ".json")
 
 
 def _source(record: str) -> str:
@@ -235,9 +237,9 @@ class InferenceReport:
             write_atomically(*self.records[name])
         self.add(name, "failed" if reason else "written", round(time.perf_counter() - self.clock, 2), reason)
 
-    def add(self, name: str, status: str, seconds: float | str = "", reason: str = "") -> None:
-        values = (name, status, seconds, reason, self.sources.get(name, ""))
-        self.rows.append(dict(zip(self.COLUMNS, values)))
+    def add(self, name: str, status: str, seconds: float | str = "", reason: str = "", **more: Any) -> None:
+        row = {"name": name, "status": status, "seconds": seconds, "reason": reason, **more}
+        self.rows.append(row | {"source": self.sources.get(name, "")})
         write_csv(self.path, self.rows, self.COLUMNS)
 
     def count(self, engine: Engine) -> None:

@@ -12,6 +12,8 @@ import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor
 
+from ..options import flag
+
 __all__ = ["AutocastInferer", "AutocastSlidingWindowInferer", "fast_bfloat16"]
 
 
@@ -33,7 +35,7 @@ class AutocastInferer(SimpleInferer):
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__()
-        self.enabled = enabled
+        self.enabled = flag(enabled)
 
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if self.enabled else nullcontext()
@@ -55,7 +57,7 @@ class AutocastSlidingWindowInferer(SlidingWindowInferer):
 
     def __init__(self, *args, enabled: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.enabled = enabled
+        self.enabled = flag(enabled)
 
     def __call__(self, inputs: Tensor, network, *args, **kwargs):
         def in_autocast(*windows, **options) -> Tensor:

@@ -1,11 +1,26 @@
-"""Parameter groups of the optimiser."""
+"""Parameter groups of the optimizer, and its schedule."""
 
 from __future__ import annotations
 
 import torch
+from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
-__all__ = ["layer_decay_groups", "weight_decay_groups"]
+__all__ = ["layer_decay_groups", "warmup_cosine", "weight_decay_groups"]
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_share: float = 0.05
+) -> WarmupCosineSchedule:
+    """MONAI's ``WarmupCosineSchedule`` from 5 % of the learning rate to all of it and then to 0, in this many steps.
+
+    Args:
+        optimizer: whose learning rates.
+        total_steps: of the whole run.
+        warmup_share: share of the steps in which the learning rate rises, at least one step.
+    """
+    warmup_steps = max(1, round(warmup_share * total_steps))
+    return WarmupCosineSchedule(optimizer, warmup_steps, total_steps, warmup_multiplier=0.05)
 
 
 def weight_decay_groups(network: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..io.tables import format_table, write_csv
 from ..metrics import mean_of_finite, summarize
 
-__all__ = ["EvaluationReport", "names_of", "samples_of"]
+__all__ = ["EvaluationReport", "names_of", "samples_of", "write_scores"]
 
 logger = logging.getLogger("sspformer")
 
@@ -89,13 +89,20 @@ class EvaluationReport:
             for name, scores in details.items()
             for j, key in enumerate(keys)
         ]
-        for file, table in (("metrics.csv", rows), ("summary.csv", summary)):
-            write_csv(self.directory / file, [{name: _cell(value) for name, value in row.items()} for row in table])
-        counts = {"scans": len(self.scans), "subjects": len(set(subjects))}
-        content = {**self.settings, **counts, "summary": [_without_nan(row) for row in summary]}
-        (self.directory / "summary.json").write_text(json.dumps(content, indent=4) + "\n")
-        said = ", ".join(f"{count} {what}" for what, count in counts.items())
-        logger.info(f"{said} evaluated; scores in {self.directory}\n{_table(summary)}")
+        write_scores(self.directory, rows, summary, self.settings)
+
+
+def write_scores(
+    directory: Path, rows: Sequence[Mapping], summary: Sequence[Mapping], settings: Mapping[str, Any]
+) -> None:
+    """Writes ``metrics.csv``, ``summary.csv`` and ``summary.json``, and logs the summary."""
+    for file, table in (("metrics.csv", rows), ("summary.csv", summary)):
+        write_csv(directory / file, [{name: _cell(value) for name, value in row.items()} for row in table])
+    counts = {what: len({row[key] for row in rows}) for what, key in (("scans", "name"), ("subjects", "subject"))}
+    content = {**settings, **counts, "summary": [_without_nan(row) for row in summary]}
+    (directory / "summary.json").write_text(json.dumps(content, indent=4) + "\n")
+    said = ", ".join(f"{count} {what}" for what, count in counts.items())
+    logger.info(f"{said} evaluated; scores in {directory}\n{_table(summary)}")
 
 
 def _cell(value: Any) -> Any:
@@ -119,10 +126,10 @@ def _table(summary: Sequence[Mapping[str, Any]]) -> str:
     lines: dict[str, dict[str, str]] = {}
     structured = "structure" in summary[0]
     for row in summary:
-        text = f"{row['mean']:.4g}"
+        text = f"{row.get('mean', row.get('value')):.4g}"
         if not np.isnan(row["ci_low"]):
             text += f" [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
-        if row["infinite"]:
+        if row.get("infinite"):
             text += f" ({row['infinite']} infinite)"
         first = row["structure" if structured else "metric"]
         lines.setdefault(first, {"": first})[row["metric"] if structured else "score"] = text

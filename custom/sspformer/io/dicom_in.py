@@ -55,7 +55,7 @@ class quiet_dicom(contextlib.ContextDecorator):
 def read_dicom(files: Sequence[str | Path], min_size: int = 2) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Reads one MR series.
 
-    MONAI's PydicomReader is not used: it stacks a list of files as channels, and orders a folder by InstanceNumber.
+    MONAI's PydicomReader would stack a list of files as channels, and order a folder by InstanceNumber.
 
     Args:
         files: of the series, in any order; or a single enhanced multi-frame file.
@@ -135,7 +135,7 @@ def _dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
 
 
 def _number(value: object) -> float:
-    """0 for what is no number: nothing that is read depends on it."""
+    """0 for anything else: nothing depends on it."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -145,7 +145,7 @@ def _number(value: object) -> float:
 def _header_value(
     ds: pydicom.Dataset, groups: Sequence[pydicom.Dataset], macro: str, keyword: str, default: float | None = None
 ):
-    """A value of the header or, in an enhanced file, of the first of its functional groups whose macro holds it."""
+    """A value of the header; of an enhanced file: of its first functional group that has it in this macro."""
     holders = [group[macro][0] for group in groups if group.get(macro)] if groups else [ds]
     values = [value for holder in holders if (value := holder.get(keyword)) is not None]
     if not values and default is None:

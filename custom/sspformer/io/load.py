@@ -33,18 +33,18 @@ def files_of(image: str | os.PathLike | Sequence[str]) -> list[Path]:
 class LoadScand(MapTransform):
     """Reads the items of `prepare_datalist`, `prepare_pairs` and `find_inputs`.
 
-    Each key goes in as the path of a NIfTI file or the list of the files of a DICOM series (or of one enhanced file),
-    and comes out as a MetaTensor (1, X, Y, Z) float32 whose affine maps voxels to RAS mm, as MONAI's NibabelReader
-    gives it. An item with "volume" gives that volume of its 4D file. DICOM slices are put in order and rescaled.
+    Each key holds the path of a NIfTI file or the list of the files of a DICOM series, or of one enhanced file. It
+    becomes a MetaTensor (1, X, Y, Z) float32 with the affine from voxels to RAS mm, as MONAI's NibabelReader gives it.
+    "volume" in an item chooses a volume of its 4D file. DICOM slices are put in order and rescaled.
 
     Args:
         keys: entries to read.
         allow_missing_keys: do not raise if a key is missing.
-        label_keys: those of the keys that are label maps. Their values are rounded: a scaled file holds class numbers
-            to within its scale factor's precision, and a cast to an integer type would cut 0.99999 down to 0.
+        label_keys: those of the keys that are label maps. Their values are rounded: a file with a scale factor may hold
+            0.99999 for class 1, which a cast to an integer type would cut down to 0.
 
     Raises:
-        ValueError: naming the file that cannot be read, or has voxels that are no number, and why.
+        ValueError: naming a file that cannot be read or holds NaN or infinite voxels, and the reason.
     """
 
     def __init__(

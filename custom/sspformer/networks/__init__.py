@@ -2,6 +2,7 @@
 
 from .dense import SSPFormerDense
 from .encoder import SIZES, Encoder, SSPFormerEncoder, resize_patch_embedding
+from .heads import ScanPredictor
 from .layers import (
     Attention,
     Block,
@@ -28,6 +29,7 @@ __all__ = [
     "SSPFormerDense",
     "SSPFormerEncoder",
     "SSPFormerRestorer",
+    "ScanPredictor",
     "gather_tokens",
     "load_pretrained",
     "load_weights",

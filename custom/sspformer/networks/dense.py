@@ -16,15 +16,11 @@ __all__ = ["SSPFormerDense"]
 
 
 class SSPFormerDense(DenseNetwork):
-    """Encoder and lightweight decoder for segmentation, see :class:`sspformer.networks.decoder.DenseNetwork`.
-
-    Detail lies beside the tokens, and a normalised convolution fuses them.
+    """Encoder and light decoder for segmentation: a normalised convolution fuses the tokens with detail beside them.
 
     Args:
-        encoder: see :class:`sspformer.networks.Encoder`; the sides of its patch are powers of 2.
+        encoder, features, depths: see :class:`sspformer.networks.decoder.DenseNetwork`.
         out_channels: classes, background included.
-        features: channels of the convolutions on the full grid; doubled at each halving.
-        depths: encoder blocks (1 is the first) whose tokens the decoder sees; None: a third, two thirds and all.
 
     Raises:
         ValueError: if a side of the patch is no power of 2, or a depth is not in the encoder.

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..options import is_null
+
 __all__ = ["load_pretrained", "load_weights", "read_weights"]
 
 logger = logging.getLogger("sspformer")
@@ -111,8 +113,8 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
     Args:
         network: an encoder (:class:`Encoder`), or a network with one as ``.encoder``; changed in place.
         path: ``encoder.pt``, a whole model or a checkpoint, see :func:`read_weights`; of any floating point type,
-            whatever comes before the encoder's names (``model.encoder.``, ``backbone.``). None loads nothing: training
-            from scratch.
+            whatever comes before the encoder's names (``model.encoder.``, ``backbone.``). None (or "null", as
+            a command line says it) loads nothing: training from scratch.
 
     Returns:
         ``network``.
@@ -129,7 +131,7 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
             "network must be an encoder or have one as .encoder (SSPFormerDense, MaskedAutoencoder), got "
             f"{type(network).__name__}."
         )
-    if path is None:
+    if is_null(path):
         logger.info("pretrained weights: none, training starts from scratch")
         return network
 

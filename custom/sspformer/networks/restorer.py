@@ -20,18 +20,15 @@ __all__ = ["SSPFormerRestorer"]
 
 
 class SSPFormerRestorer(DenseNetwork):
-    """Encoder and decoder that add a residual to the image, see :class:`sspformer.networks.decoder.DenseNetwork`.
+    """Encoder and decoder that add a residual to the image.
 
     The residual is 0 before training, so restoration starts from its input. Beside the image the convolutions see its
-    finest detail, what a mean over 3 voxels along each axis takes away, in the unit of the output: neither has to be
-    blown up to become the other. Edges, many units high, are compressed to a few. There is no norm, which would take
-    the level of the noise away. Detail is added to the tokens, and residual blocks follow, so it has a short way to the
-    output.
+    finest detail, which a mean over 3 voxels along each axis takes away. It is in the unit of the output, so neither
+    has to be scaled up to become the other; edges, many units high, are compressed to a few. No norm hides the level of
+    the noise. Detail is added to the tokens and goes through residual blocks: a short way to the output.
 
     Args:
-        encoder: see :class:`sspformer.networks.Encoder`; the sides of its patch are powers of 2. The output has its
-            ``in_channels``.
-        features: channels of the convolutions on the finest grid; doubled at each halving.
+        encoder, features, depths: see :class:`sspformer.networks.decoder.DenseNetwork`.
         residual_scale: the unit of the output, about the size of the residual, so that a step of the optimiser is small
             against it.
         noise_scaled: for denoising: the unit is the noise of the image times ``residual_scale``, see
@@ -40,7 +37,6 @@ class SSPFormerRestorer(DenseNetwork):
             FFDNet, Zhang et al., arXiv 1710.04026). In 3D a place then stands for 8 voxels, and 64 channels take the
             time of 16 on the full grid.
         blocks: residual blocks of two convolutions at each level of the decoder.
-        depths: encoder blocks (1 is the first) whose tokens the decoder sees; None: a third, two thirds and all.
 
     Raises:
         ValueError: if a side of the patch is no power of 2 or too small to be folded, ``blocks`` is below 1, or a depth

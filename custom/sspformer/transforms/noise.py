@@ -120,7 +120,15 @@ def frequency_weighted_noise(
     """
     image = image.float()
     spacing = kspace.as_spacing(spacing, image)
-    noise = None if sigma is None else _thermal_noise(image, sigma, alpha, spacing, eps0, generator, intensity_range)
+    noise = None
+    if sigma is not None:
+        weight = noise_weight(kspace.radial_frequency(image, spacing), alpha, eps0)
+        if intensity_range is None:
+            dims = tuple(range(2, image.ndim))
+            intensity_range = image.amax(dim=dims, keepdim=True) - image.amin(dim=dims, keepdim=True)  # (B, C, 1...)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))
+        noise = torch.randn(*image.shape, 2, generator=generator, device=image.device)
+        noise = torch.view_as_complex(noise.mul_((weight * (sigma * intensity_range))[..., None]))
     if motion is None:  # the transform is linear: the image itself need not go to k-space
         if noise is None:
             return image.abs()
@@ -129,26 +137,6 @@ def frequency_weighted_noise(
         return kspace.magnitude(noisy)
     signal = kspace.to_kspace(image).mul_(motion.kspace_factor(image, spacing))
     return kspace.magnitude(kspace.to_image(signal if noise is None else signal.add_(noise)))
-
-
-def _thermal_noise(
-    image: Tensor,
-    sigma: Tensor | float,
-    alpha: Tensor | float,
-    spacing: Tensor,
-    eps0: float,
-    generator: torch.Generator | None,
-    intensity_range: float | None,
-) -> Tensor:
-    """The term ``sigma w(rho) eps`` of :func:`frequency_weighted_noise`, complex, ``(B, C, *S)``."""
-    weight = noise_weight(kspace.radial_frequency(image, spacing), alpha, eps0)
-    if intensity_range is None:
-        dims = tuple(range(2, image.ndim))
-        intensity_range = image.amax(dim=dims, keepdim=True) - image.amin(dim=dims, keepdim=True)  # (B, C, 1...)
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))
-
-    noise = torch.randn(*image.shape, 2, generator=generator, device=image.device)
-    return torch.view_as_complex(noise.mul_((weight * (sigma * intensity_range))[..., None]))
 
 
 def _uniform(bounds: tuple[float, float], *shape: int, generator: torch.Generator | None, device) -> Tensor:

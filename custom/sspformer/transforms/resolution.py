@@ -1,4 +1,4 @@
-"""Lower resolution, as a scanner that reads fewer lines of k-space gives it (METHOD.md, degradations).
+"""Lower resolution, as a scanner that reads fewer lines of k-space gives it (docs/method.md).
 
 :func:`sspformer.kspace.reduce_resolution` is the pure, batched function; :class:`ResolutionSampler` draws its factors
 for a batch, :class:`RandReducedResolution` for one image and :class:`RandReducedResolutiond` for the entries of a
