@@ -75,7 +75,7 @@ def main() -> None:
             output = study.work_dir / (model if stage == 1 else f"{model}_{stage}")
             start = {} if workflow == "pretrain" else {"pretrained": trained, "validate#max_scans": 5}
             options = {"dataset_dir": datalist(study, model), **start, **options}
-            print(f"{model}, stage {stage} of {len(stages)}: see {output / f'{workflow}.log'}", flush=True)
+            print(f"{model}, stage {stage} of {len(stages)}: see {output / 'training.log'}", flush=True)
             study.bundle("training", workflow, overlays, as_options(options), output)
             trained = output / "models" / ("pretrained/encoder.pt" if model == "pretrained" else "model.pt")
         target = ENCODER if model == "pretrained" else MODELS_DIR / model / "model.pt"

@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundle" / "configs"
 FILES = sorted(set(CONFIGS.glob("*.json")) - {CONFIGS / "metadata.json"})
 WORKFLOWS = ("train", "evaluate", "inference")
-OVERLAYS = [["hippocampus"], ["restoration", "denoising"], ["restoration", "super_resolution"]]
+OVERLAYS = [
+    ["hippocampus"],
+    ["restoration", "denoising"],
+    ["restoration", "super_resolution"],
+    ["whole_scan", "classification"],
+    ["whole_scan", "regression"],
+]
 #: entries with a default of their own in a workflow: what is read and written, and how fast
 OWN = {
     *("dataset_dir", "output_dir", "data_options", "num_workers", "initialize", "finalize", "run"),
@@ -62,13 +68,15 @@ def test_workflows_agree_on_what_they_share(overlays):
     configs = {workflow: config(workflow, *overlays) for workflow in WORKFLOWS}
     assert all(NEEDED <= set(entries) for entries in configs.values())
     for entries in configs.values():
-        entries["inferer"].pop("sw_batch_size")
+        entries["inferer"].pop("sw_batch_size", None)
         entries.get("evaluation", {}).pop("settings", None)  # evaluate.json adds what it scored
     for key in set.union(*map(set, configs.values())) - OWN:
         values = [entries[key] for entries in configs.values() if key in entries]
         assert all(value == values[0] for value in values), key
     keys = [configs[workflow]["keys"] for workflow in WORKFLOWS]
-    assert keys == ([["image"]] * 3 if "restoration" in overlays else [["image", "label"], ["image"], ["image"]])
+    assert keys == (
+        [["image"]] * 3 if {"restoration", "whole_scan"} & {*overlays} else [["image", "label"], ["image"], ["image"]]
+    )
 
 
 @pytest.mark.parametrize("overlays", OVERLAYS, ids=" + ".join)
@@ -89,7 +97,7 @@ def test_the_page_of_options_names_entries_that_there_are():
         "All": [["pretrain"], ["train"], ["inference"]],
         "Data": [["train"]],
         "Pretraining": [["pretrain"]],
-        "Fine": [["train"], ["train", "restoration", "super_resolution"]],
+        "Fine": [["train"], ["train", "restoration", "super_resolution"], ["train", "whole_scan", "regression"]],
         "Evaluation": [["train", *overlays, "evaluate"] for overlays in OVERLAYS],
         "Inference": [["inference"], ["inference", "restoration", "super_resolution"]],
     }

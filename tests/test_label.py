@@ -322,7 +322,7 @@ def test_a_bundle_of_an_overlay_has_its_network_weights_and_labels(tmp_path):
     assert [path.name for path in (target / "docs").iterdir()] == ["data_license.txt"]
     configs = {path.stem for path in (target / "configs").glob("*.json")}
     assert {"train", "inference", "evaluate", "metadata", "multi_gpu_train"} <= configs
-    assert not configs & {"hippocampus", "restoration", "denoising", "super_resolution"}
+    assert not configs & {"hippocampus", "restoration", "denoising", "super_resolution", "whole_scan", "regression"}
     with pytest.raises(SystemExit, match="denoising.json is no segmentation"):
         main(ROOT / "bundle", "denoising", tmp_path / "denoising")
     with pytest.raises(SystemExit, match="kidney.json does not exist.*: denoising, hippocampus, "):

@@ -20,7 +20,12 @@ from monai.utils import set_determinism
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundle/configs"
-TASKS = ([], ["hippocampus"], ["restoration", "denoising"], ["restoration", "super_resolution"])
+TASKS = (
+    [],
+    ["hippocampus"],
+    *(["restoration", name] for name in ("denoising", "super_resolution")),
+    *(["whole_scan", name] for name in ("classification", "regression")),
+)
 #: workflow type in MONAI's words, configs
 WORKFLOWS = [
     *(("train", ["pretrain", *overlay]) for overlay in ([], ["pretrain_2d"])),
@@ -60,7 +65,9 @@ def data(tmp_path_factory):
     for part in ("images", "labels"):
         (folder / part).mkdir()
     ramp = np.arange(20 * 24 * 16).reshape(20, 24, 16)
-    for i in range(2):
+    table = ["participant_id,group", *(f"subject{i},{i % 2}" for i in range(4))]
+    (folder / "participants.tsv").write_text("\n".join(table))
+    for i in range(4):
         nib.save(nib.Nifti1Image((ramp + i).astype(np.int16), np.eye(4)), folder / f"images/subject{i}.nii.gz")
         nib.save(nib.Nifti1Image((ramp % 3).astype(np.uint8), np.eye(4)), folder / f"labels/subject{i}.nii.gz")
     return folder
@@ -85,7 +92,13 @@ def test_workflows_have_the_properties_that_monai_expects(workflow_type, configs
         config_file=[str(CONFIGS / f"{name}.json") for name in configs],
         workflow_type=workflow_type,
         logging_file=False,
-        **{"bundle_root": str(CONFIGS.parent), "dataset_dir": str(data), "output_dir": str(tmp_path), "device": "cpu"},
+        **{
+            "bundle_root": str(CONFIGS.parent),
+            "dataset_dir": str(data),
+            "output_dir": str(tmp_path),
+            "device": "cpu",
+            "target": "group",
+        },
     )
     workflow.initialize()
     try:

@@ -29,17 +29,17 @@ from pathlib import Path
 
 import numpy as np
 
+CHANNELS = 18
 SWIN = {
     "_target_": "SwinUNETR",
     "in_channels": 1,
-    "out_channels": "@channels",
+    "out_channels": CHANNELS,
     "feature_size": 24,
-    "spatial_dims": "@spatial_dims",
+    "spatial_dims": 3,
 }
 NETWORKS = {"ours": None, "SwinUNETR": SWIN, "SwinUNETR, fused attention": SWIN | {"use_flash_attention": True}}
 PRECISIONS = {"bf16": True, "fp32": False}
 STEPS = ("reading", "preprocessing", "network", "postprocessing", "writing")
-CHANNELS = 18
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run, in a process of its own
@@ -59,7 +59,7 @@ def run_once(image: str, output_dir: str, network: str, precision: str, device: 
     config.read_config(BUNDLE / "configs" / "inference.json")
     config["bundle_root"], config["device"] = str(BUNDLE), device
     config["dataset_dir"], config["output_dir"] = image, output_dir
-    config["amp"], config["channels"] = PRECISIONS[precision], CHANNELS
+    config["amp"] = PRECISIONS[precision]
     if NETWORKS[network] is not None:
         config["network_def"] = NETWORKS[network]
     module = config.get_parsed_content("network").eval()

@@ -79,7 +79,7 @@ class Study:
     def bundle(self, run_id: str, config: str, overlays: Sequence[str], options: Sequence[str], output: Path) -> None:
         """Run one of the bundle's workflows in its own process; log and seconds go to its output folder."""
         output.mkdir(parents=True, exist_ok=True)
-        log = output / f"{config}.log"
+        log = output / f"{run_id}.log"
         files = [str(file) if Path(file).suffix else f"configs/{file}.json" for file in (config, *overlays)]
         command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
         command += ["--meta_file", "configs/metadata.json", "--logging_file", "configs/logging.conf"]
@@ -87,7 +87,7 @@ class Study:
         start = time.perf_counter()
         self.process(command, log)
         with (output / "seconds.csv").open("a") as file:
-            file.write(f"{config},{time.perf_counter() - start:.0f}\n")
+            file.write(f"{run_id},{time.perf_counter() - start:.0f}\n")
 
     def process(self, command: Sequence[str | Path], log: Path) -> None:
         """Run a command in the bundle's folder, on this run's share of the cores, and log its output."""

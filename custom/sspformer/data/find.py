@@ -151,9 +151,13 @@ def _add_files(
             found.others += 1
         else:
             series[path] = head
-    for paths, copies in group_series(series, {path: files[path].get("split", "") for path in series}):
-        note = f"{copies} duplicate files left out" if copies else ""
-        found.scans.append(Scan(paths, root, "DICOM", note=note, header=series[paths[0]], **files[paths[0]]))
+    owners = {path: tuple(files[path].get(key, "") for key in ("split", "label_map", "subject")) for path in series}
+    for paths, note, reason in group_series(series, owners, cache):
+        known = files[paths[0]]
+        reason = known.get("reason") or reason
+        found.scans.append(
+            Scan(paths, root, "DICOM", header=series[paths[0]], **known | {"note": note, "reason": reason})
+        )
     assign_subjects(found.scans, root.name, options.subject_pattern)
 
 

@@ -25,6 +25,17 @@ __all__ = [
 ]
 
 SPLITS = ("training", "validation", "test")  # the lists of a datalist
+
+#: what MSD, nnU-Net, MONAI and Auto3DSeg call these lists; upper case is the same
+LIST_NAMES = {
+    "training": ("training", "train"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+
+#: what else of a dataset.json may hold lists, in lower case
+NO_SCANS = ("labels", "regions_class_order", "channel_names", "modality", "authors", "keywords")
+
 PAIRED_FOLDERS = (("images", "labels", ""), ("imagesTr", "labelsTr", ""), ("imagesTs", "labelsTs", "test"))
 
 
@@ -112,63 +123,146 @@ def _case(path: Path, folder: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file; empty if there is no such file.
+    """The object in a JSON file, with its lists of scans under the names of `SPLITS`; empty if there is no such file.
 
     Raises:
-        ValueError: naming the file, when it holds something else.
+        ValueError: naming the file, when it holds something else; naming a list of another name, which would silently
+            not be used.
     """
     try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+        text = file.read_text(encoding="utf-8-sig") if os.path.isfile(file) else "{}"
+        content = json.loads(text, object_pairs_hook=_each_name_once)
+    except OSError as error:
+        raise ValueError(f"the datalist {file} cannot be opened: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the datalist {file} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f'the datalist {file} must hold a JSON object with lists such as "training".')
-    return content
+    result: dict = {}
+    for name, value in content.items():
+        split = next((split for split, names in LIST_NAMES.items() if name.lower() in names), "")
+        if split and value is not None and not isinstance(value, list):
+            raise ValueError(f'the datalist {file}: "{name}" must be a list of {{"image": path}}, got {value!r:.80}.')
+        if split and result.get(split) is not None and value is not None:
+            raise ValueError(f'the datalist {file}: "{name}" is a second list "{split}". Give one.')
+        if not split and name.lower() not in NO_SCANS and _holds_list(value):
+            known = ", ".join(f'"{known}"' for names in LIST_NAMES.values() for known in names)
+            raise ValueError(
+                f'the datalist {file}: the list "{name}" has none of the names {known}. Rename it, or remove it if it '
+                "is no list of scans."
+            )
+        if not split or value is not None:
+            result[split or name] = value
+    return result
+
+
+def _each_name_once(pairs: list[tuple[str, object]]) -> dict:
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f'"{twice}" stands twice in one object')
+    return dict(pairs)
+
+
+def _holds_list(value: object) -> bool:
+    return any(map(_holds_list, value.values())) if isinstance(value, dict) else isinstance(value, list) and value != []
 
 
 def has_lists(content: Mapping) -> bool:
     """Whether the content of a dataset.json lists scans (nnU-Net's of version 2 does not)."""
-    return any(isinstance(content.get(split), list) for split in SPLITS)
+    return any(split in content for split in SPLITS)
 
 
 def read_datalist(file: Path, with_labels: bool = False) -> dict[Path, dict]:
     """The files that a datalist names, each with the fields that its `Scan` gets: "split", "subject", "reason", ...
 
+    The "fold" of Auto3DSeg is the split of "training": 0 is for validation, as MONAI's ``datafold_read`` has it.
+
     Args:
         file: JSON; its paths are relative to its folder.
         with_labels: read the "label" of each item as the "label_map" of its image.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
     """
     lists = read_json(file)
     if not has_lists(lists):
         raise ValueError(
             f'the datalist {file} needs a list "training" of {{"image": path}} (and may have "validation" and "test").'
         )
+    validated_by_fold = _folds(lists, file)
     found: dict[Path, dict] = {}
+    owners: dict[str, tuple] = {}  # the item of each file, whatever way its path is spelt
     for split in SPLITS:
         # an empty list "validation" means none; without the list "training" is still to be split
-        is_split = split == "test" or isinstance(lists.get("validation"), list)
-        for item in lists.get(split) or []:
+        is_split = split == "test" or "validation" in lists
+        for i, item in enumerate(lists.get(split, [])):
             item = item if isinstance(item, dict) else {"image": item}
             images = [item.get("image")] if isinstance(item.get("image"), str) else item.get("image")
-            if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-                raise ValueError(f'the datalist {file}: the item {item} of "{split}" has no "image" path.')
-            known = {"split": split if is_split else "", "subject": str(item.get("subject", ""))}
-            if with_labels and isinstance(item.get("label"), str):
+            if not _are_paths(images):
+                raise ValueError(f'the datalist {file}: the item {item!r:.200} of "{split}" has no "image" path.')
+            subject = item.get("subject")
+            known = {"split": split if is_split else "", "subject": "" if subject is None else str(subject)}
+            if validated_by_fold and split == "training":
+                known["split"] = "validation" if i in validated_by_fold else "training"
+            if with_labels and item.get("label") is not None:
+                if not _are_paths([item["label"]]):
+                    raise ValueError(f'the datalist {file}: the "label" of {item!r:.200} of "{split}" is no path.')
                 known["label_map"] = file.parent / item["label"]
             if with_labels and len(images) > 1 and any(map(NIFTI_SUFFIX.search, images)):
                 known["reason"] = 'several channels: its "image" must be one file'
             for path in (file.parent / image for image in images):
-                for one in walk(path) if path.is_dir() else [_first_channel(path)]:
-                    if one in found:
+                for one in _files_at(path, file):
+                    if one in found or owners.setdefault(os.path.realpath(one), (split, i)) != (split, i):
                         raise ValueError(f'the datalist {file} lists {one} twice, the second time in "{split}".')
                     found[one] = dict(known)
+    _raise_if_moved(list(found), "images", file)
+    _raise_if_moved([known["label_map"] for known in found.values() if "label_map" in known], "label maps", file)
     return found
+
+
+def _folds(lists: Mapping[str, list], file: Path) -> set[int]:
+    """The indices of the items of "training" whose "fold" is 0."""
+    folds = [item.get("fold") if isinstance(item, dict) else None for item in lists.get("training", [])]
+    if not any(fold is not None for fold in folds):
+        return set()
+    if "validation" in lists or not all(re.fullmatch(r"\d+", str(fold)) for fold in folds):
+        raise ValueError(
+            f'the datalist {file}: every item of "training" must have a "fold" (0, which is for validation, 1, ...) or '
+            'none may. With folds there can be no list "validation".'
+        )
+    if not (validation := {i for i, fold in enumerate(folds) if int(fold) == 0}):
+        raise ValueError(f'the datalist {file}: no item of "training" has the "fold" 0, which is for validation.')
+    return validation
+
+
+def _are_paths(paths: object) -> bool:
+    """Whether this is a list of at least one path."""
+    return isinstance(paths, list) and bool(paths) and all(isinstance(p, str) and "\0" not in p for p in paths)
+
+
+def _files_at(path: Path, file: Path) -> Iterator[Path]:
+    """The files of an image of a datalist, which may be a folder."""
+    if not os.path.isdir(path):
+        yield _first_channel(path)
+    elif Path(os.path.realpath(file.parent)).is_relative_to(os.path.realpath(path)):
+        raise ValueError(f'the datalist {file}: the "image" {path} is the folder of the list, or one above it.')
+    else:
+        yield from walk(path)
+
+
+def _raise_if_moved(paths: list[Path], what: str, file: Path) -> None:
+    """Says once, and not of each, that no path of a datalist exists."""
+    if len(paths) > 1 and not any(map(os.path.lexists, paths)):
+        raise ValueError(
+            f"the datalist {file}: none of its {len(paths)} {what} exists, such as {paths[0]}. Were they moved, or the "
+            f"list? Its paths are absolute, or relative to its folder {file.parent}: correct them, or move it back."
+        )
 
 
 def _first_channel(image: Path) -> Path:
     """The file that nnU-Net (version 1) means, whose dataset.json lists `x_0000.nii.gz` as `x.nii.gz`."""
     first = image.with_name(NIFTI_SUFFIX.sub(r"_0000\g<0>", image.name))
-    return first if first.exists() and not image.exists() else image
+    return first if os.path.exists(first) and not os.path.exists(image) else image
 
 
 def write_datalist(lists: Mapping[str, list[dict]], file: Path) -> None:

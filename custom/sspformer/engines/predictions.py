@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 from monai.config import KeysCollection
-from monai.engines import PrepareBatch
+from monai.engines import PrepareBatch, SupervisedTrainer
 from monai.transforms import MapTransform
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from ..io.tables import write_csv
 from ..metrics import score_intervals
 from ..pictures import figure_to_array, prediction_figure
 from .inference import InferenceReport, ResultWriter
-from .inferers import AutocastInferer
 from .report import names_of, samples_of, write_scores
 
 __all__ = [
@@ -44,26 +43,19 @@ class PrepareTargetBatch(PrepareBatch):
         return image.to(device, non_blocking=non_blocking, **kwargs), target.to(device, non_blocking=non_blocking)
 
 
-def standardize_head(
-    network: torch.nn.Module,
-    loader: Iterable[Mapping[str, Tensor]],
-    prepare_batch: PrepareBatch,
-    inferer: AutocastInferer,
-    device: torch.device | str,
-) -> None:
+def standardize_head(trainer: SupervisedTrainer) -> None:
     """Pass the training scans once through the encoder, for :meth:`sspformer.networks.ScanPredictor.standardize`.
 
     Args:
-        network: a :class:`sspformer.networks.ScanPredictor`, after its pretrained weights were loaded, or its parallel
-            wrapper; changed in place.
-        loader, prepare_batch, inferer, device: of the trainer.
+        trainer: its network is a :class:`sspformer.networks.ScanPredictor`, perhaps in a parallel wrapper, with the
+            weights that it starts from.
     """
-    network = getattr(network, "module", network)
+    network = getattr(trainer.network, "module", trainer.network)
     pooled, targets = [], []
     with torch.no_grad():
-        for batch in loader:
-            image, target = prepare_batch(batch, device)
-            pooled.append(inferer(image, network.pool).cpu())
+        for batch in trainer.data_loader:
+            image, target = trainer.prepare_batch(batch, trainer.state.device)
+            pooled.append(trainer.inferer(image, network.pool).cpu())
             targets.append(target.cpu())
     target = torch.cat(targets)
     network.standardize(torch.cat(pooled), target if target.is_floating_point() else None)

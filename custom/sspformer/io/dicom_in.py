@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,12 +15,34 @@ from typing import NamedTuple
 
 import numpy as np
 import pydicom
+from pydicom.sr.codedict import codes
+from pydicom.uid import UID
 
 from .errors import Unusable, check_size
 
-__all__ = ["DicomStack", "quiet_dicom", "read_dicom", "read_stack"]
+__all__ = ["DicomStack", "dicom_frames", "hash_voxels", "quiet_dicom", "read_dicom", "read_stack", "shown"]
 
 DICOM_UNEVEN = 0.1  # largest deviation of a slice from its place in an even stack, as a fraction of the slice distance
+
+
+#: what may be shown of a header, and what it must look like then
+SHOWN = {
+    "Modality": re.compile("|".join(getattr(codes.cid33, name).value for name in codes.cid33.dir())),
+    "SeriesNumber": re.compile(r"\d{1,7}"),  # fewer digits than a date
+}
+
+
+def shown(ds: pydicom.Dataset, keyword: str) -> str:
+    """A value of the header as text; empty if it is not what its field may hold.
+
+    This is the only way for a header into names, tables, logs and messages. One wrong byte in the length of a value
+    makes it swallow its neighbours, the patient's name among them.
+    """
+    try:
+        text = str(ds.get(keyword) or "").strip()
+    except Exception:  # its message would quote the value
+        return ""
+    return text if SHOWN[keyword].fullmatch(text) else ""
 
 
 class quiet_dicom(contextlib.ContextDecorator):
@@ -101,8 +125,8 @@ def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = Tr
     datasets, frames = [], []
     for i, path in enumerate(files):
         ds = pydicom.dcmread(path, stop_before_pixels=not pixels)
-        if ds.get("Modality") != "MR":
-            raise Unusable(f"not MR: the DICOM modality is {ds.get('Modality') or 'not given'}")
+        if (modality := shown(ds, "Modality")) != "MR":
+            raise Unusable(f"not MR: the DICOM modality is {modality or 'not given, or none of the standard'}")
         if not ds.get("Rows") or not ds.get("Columns"):
             raise Unusable(f"no pixel data in {Path(path).name}: truncated, or no image")
         if int(ds.get("SamplesPerPixel") or 1) != 1 or "MONOCHROME" not in ds.get("PhotometricInterpretation", ""):
@@ -110,13 +134,13 @@ def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = Tr
         datasets.append(ds)
         if (ds.Rows, ds.Columns) != (datasets[0].Rows, datasets[0].Columns):
             raise Unusable("its slices have different shapes")
-        frames += [{"file": i, "number": n, **frame} for n, frame in enumerate(_dicom_frames(ds), 1)]
+        frames += [{"file": i, "number": n, **frame} for n, frame in enumerate(dicom_frames(ds), 1)]
     order, affine = _stack_geometry(frames)
     check_size((int(datasets[0].Columns), int(datasets[0].Rows), len(frames)), min_size)
     return DicomStack(datasets, frames, order, affine)
 
 
-def _dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
+def dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
     """Geometry and rescaling of each frame of a DICOM file (one frame, unless it is enhanced); "thickness" may be 0."""
     enhanced = ds.get("PerFrameFunctionalGroupsSequence")
     if not enhanced and int(ds.get("NumberOfFrames") or 1) > 1:
@@ -132,6 +156,16 @@ def _dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
             "slope": float(look("PixelValueTransformationSequence", "RescaleSlope", 1.0)),
             "intercept": float(look("PixelValueTransformationSequence", "RescaleIntercept", 0.0)),
         }
+
+
+@quiet_dicom()
+def hash_voxels(files: Sequence[Path]) -> dict[str, str]:
+    """{"voxels": hash} of the rescaled voxels of a DICOM file (a list of one)."""
+    ds = pydicom.dcmread(files[0])
+    voxels = hashlib.sha256()
+    for frame, image in zip(dicom_frames(ds), _dicom_pixels(ds, files[0].name), strict=True):
+        voxels.update(np.ascontiguousarray(image.astype(np.float32) * frame["slope"] + frame["intercept"]))
+    return {"voxels": voxels.hexdigest()}
 
 
 def _number(value: object) -> float:
@@ -211,8 +245,8 @@ def _dicom_pixels(ds: pydicom.Dataset, name: str) -> np.ndarray:
     try:
         return np.asarray(ds.pixel_array).reshape(-1, int(ds.Rows), int(ds.Columns))
     except Exception as error:  # each decoder has its own exceptions
-        syntax = ds.file_meta.get("TransferSyntaxUID") if hasattr(ds, "file_meta") else None
-        if syntax is not None and syntax.is_compressed and "RLE" not in syntax.name:
+        syntax = UID(getattr(ds, "file_meta", {}).get("TransferSyntaxUID") or "")
+        if syntax.type == "Transfer Syntax" and syntax.is_compressed and "RLE" not in syntax.name:  # a known one
             raise Unusable(
                 f"its pixels are compressed ({syntax.name}) and cannot be decoded here: "
                 "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
