@@ -42,12 +42,15 @@ class ScanBuffer:
         items: dictionaries with MetaTensors ``(1, X, Y, Z)`` at ``keys``, all of an item on one grid. Types are kept:
             float16 or uint8 save memory.
         keys: entries to keep.
+        numbers: entries of one number a scan to keep, such as a target.
 
     Raises:
         ValueError: if an item has several channels, is not 3D, or its keys differ in shape.
     """
 
-    def __init__(self, items: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("image",)) -> None:
+    def __init__(
+        self, items: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("image",), numbers: Sequence[str] = ()
+    ) -> None:
         first = [item[keys[0]] for item in items]
         for item in items:
             shapes = {tuple(item[key].shape) for key in keys}
@@ -59,6 +62,7 @@ class ScanBuffer:
         self.voxels = {
             key: torch.cat([torch.as_tensor(item[key]).as_subclass(Tensor).flatten() for item in items]) for key in keys
         }
+        self.numbers = {name: torch.tensor([item[name] for item in items]) for name in numbers}
         self.shape = torch.tensor([scan.shape[1:] for scan in first])
         self.offset = self.shape.prod(dim=1).cumsum(0) - self.shape.prod(dim=1)
         self.affine = torch.stack([torch.as_tensor(scan.affine, dtype=torch.float32).cpu() for scan in first])
@@ -94,13 +98,14 @@ class ScanBuffer:
 
         Returns:
             For each key crops ``(B, 1, *size)``: integers by the nearest voxel, all else interpolated, float32. Beside
-            them ``affine`` (B, 4, 4), voxels to RAS mm, and ``spacing`` (B, 3), mm.
+            them ``affine`` (B, 4, 4), voxels to RAS mm, ``spacing`` (B, 3), mm, and the numbers of the scans, (B,).
         """
         where = (self.offset[index], self.shape[index], matrix, size)
         found = {
             key: resample(voxels, *where, nearest=not voxels.is_floating_point(), mirror=mirror)[:, None]
             for key, voxels in self.voxels.items()
         }
+        found |= {name: values[index] for name, values in self.numbers.items()}
         last = self.affine.new_zeros(len(index), 1, 4)
         last[:, :, 3] = 1
         affine = self.affine[index] @ torch.cat([matrix, last], dim=1)
@@ -126,6 +131,7 @@ class DeviceLoader(Randomizable):
         device: of the network.
         crops_per_scan: crops of each scan in an epoch.
         keys: entries to crop; integers by the nearest voxel.
+        numbers: entries of one number a scan, such as a target, that go with its crops.
         augmentation: callables ``(batch, generator) -> batch`` that run on the whole batch, in this order.
         residence: where the scans lie: "device", "host" or "disk"; "auto": the first of these of whose free memory they
             take at most half.
@@ -149,6 +155,7 @@ class DeviceLoader(Randomizable):
         device: torch.device | str = "cpu",
         crops_per_scan: int = 1,
         keys: Sequence[str] = ("image",),
+        numbers: Sequence[str] = (),
         augmentation: Sequence[Callable[[dict, torch.Generator], dict]] = (),
         residence: str = "auto",
         foreground: float = 0.0,
@@ -165,6 +172,7 @@ class DeviceLoader(Randomizable):
             raise ValueError("there is no scan to take crops of.")
         self.dataset, self.crop, self.batch_size, self.device = dataset, crop, batch_size, torch.device(device)
         self.crops_per_scan, self.keys, self.augmentation = crops_per_scan, tuple(keys), tuple(augmentation)
+        self.numbers = tuple(numbers)
         self.residence, self.num_workers = residence, num_workers
         self.foreground, self.threshold = foreground, threshold
         self._buffer: ScanBuffer | None = None
@@ -209,7 +217,7 @@ class DeviceLoader(Randomizable):
         workers = {"num_workers": self.num_workers, "batch_size": None, "collate_fn": _unchanged}
         items, needed, room = [], 0.0, {"device": _free(self.device), "host": _free(torch.device("cpu"))}
         for item in tqdm(DataLoader(self.dataset, **workers), "reading scans", disable=None):
-            items.append({key: item[key] for key in self.keys})
+            items.append({key: item[key] for key in (*self.keys, *self.numbers)})
             needed += sum(item[key].nbytes for key in self.keys)
             expected = needed / len(items) * len(self.dataset)
             probed = len(items) >= min(PROBED, len(self.dataset))
@@ -219,7 +227,7 @@ class DeviceLoader(Randomizable):
                 return
         if self.residence == "auto":
             self.residence = "device" if needed <= MEMORY_SHARE * room["device"] else "host"
-        self._buffer = ScanBuffer(items, self.keys)
+        self._buffer = ScanBuffer(items, self.keys, self.numbers)
         if self.residence == "device":
             self._buffer.to(self.device)
         where = self.device if self.residence == "device" else "the host"
@@ -265,7 +273,7 @@ class DeviceLoader(Randomizable):
         buffer = self._buffer
         if buffer is None:  # a buffer of this batch alone
             scans, index = index.unique(return_inverse=True)
-            buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys)
+            buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys, self.numbers)
         batch = self.draw(buffer, index, generator)
         return {n: v.pin_memory() for n, v in batch.items()} if self.device.type == "cuda" else batch
 
