@@ -59,9 +59,8 @@ def main() -> None:
             start = time.perf_counter()
             done = subprocess.run(command, cwd=BUNDLE, capture_output=True, text=True)
             last = (done.stderr or done.stdout).strip().splitlines()[-1][:200] if done.returncode else ""
-            say(
-                f"{name}: {'failed' if done.returncode else 'passed'}, {time.perf_counter() - start:.0f} s {last}".strip()
-            )
+            seconds = time.perf_counter() - start
+            say(f"{name}: {'failed' if done.returncode else 'passed'}, {seconds:.0f} s {last}".strip())
     if args.smoke:
         return
     left = end - time.monotonic()
