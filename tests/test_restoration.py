@@ -191,7 +191,7 @@ def scan(axcodes="LPS", sides=(12, 10, 8), scale=300.0) -> MetaTensor:
     """A MetaTensor as LoadScand gives it, voxels in any orientation."""
     turn = nib.orientations.axcodes2ornt(axcodes)
     affine = np.diag([1.5, 1.0, 5.0, 1.0]) @ nib.orientations.inv_ornt_aff(turn, sides)
-    image = scale * (torch.rand(1, *sides, generator=torch.Generator().manual_seed(0)) - 0.1)
+    image = scale * (torch.rand(1, *sides, generator=torch.Generator().manual_seed(0)) - 0.02)
     return MetaTensor(image, affine=torch.from_numpy(affine), meta={"original_affine": affine.copy()})
 
 
@@ -221,9 +221,11 @@ def test_a_small_object_is_scaled_by_its_maximum_and_nothing_is_refused():
     image = torch.zeros(1, 20, 20, 20)
     image[0, 3, 3, 3] = 5
     assert ScaleByPercentilesd("image", lower=None)({"image": MetaTensor(image)})["image"].max() == 1
-    for empty in (torch.zeros(1, 4, 4, 4), torch.full((1, 4, 4, 4), float("nan"))):
-        with pytest.raises(ValueError, match="^scan.nii has no finite value above 0"):
-            ScaleByPercentilesd("image", lower=None)({"image": MetaTensor(empty, meta={"filename_or_obj": "scan.nii"})})
+    reasons = {0.0: "^scan.nii: all voxels have the same value, 0", math.nan: "^scan.nii is no magnitude image"}
+    for value, reason in reasons.items():
+        empty = MetaTensor(torch.full((1, 4, 4, 4), value), meta={"filename_or_obj": "scan.nii"})
+        with pytest.raises(ValueError, match=reason):
+            ScaleByPercentilesd("image", lower=None)({"image": empty})
     with pytest.raises(ValueError, match="^upper must be"):
         ScaleByPercentilesd("image", lower=None, upper=0)
 

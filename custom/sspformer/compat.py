@@ -26,8 +26,11 @@ import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from monai.data.utils import affine_to_spacing
 from monai.handlers import MLFlowHandler
 from monai.transforms import Spacingd
+
+from .geometry import check_resampled_shape
 
 __all__ = [
     "ResampleSpacingd",
@@ -109,10 +112,16 @@ class ResampleSpacingd(Spacingd):
     MONAI 1.6 takes each entry whose name starts with ``image_`` for metadata of ``image``, to keep the voxel size in it
     up to date (https://github.com/Project-MONAI/MONAI/issues/6840), and fails on the path that MONAI Label keeps as
     ``image_path``. We know of no report of that.
+
+    Before it allocates anything, it refuses a shape that does not fit, see :func:`check_resampled_shape`.
     """
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         own = {key: data[key] for key in self.keys if key in data}
+        for image in super().__call__(own, lazy=True).values():
+            spacing = " x ".join(f"{size:.3g}" for size in affine_to_spacing(image.peek_pending_affine()).tolist())
+            name = image.meta.get("filename_or_obj", "the scan")
+            check_resampled_shape(image.peek_pending_shape(), f"a spacing of {spacing} mm", name)
         return {**data, **super().__call__(own, lazy)}
 
 

@@ -1,12 +1,16 @@
-"""Foreground and noise of an image, from its intensities alone."""
+"""Foreground, filled air and noise of an image, from its intensities alone."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-__all__ = ["above_mean", "noise_level"]
+__all__ = ["above_mean", "inner_fill", "noise_level"]
+
+FILL_SHARE = 0.15  # of the voxels: no value of tissue is so frequent
+FILL_HEIGHT = 0.1  # of the range: air below is where the air of a magnitude lies
 
 
 def noise_level(image: Tensor) -> Tensor:
@@ -28,3 +32,25 @@ def noise_level(image: Tensor) -> Tensor:
 def above_mean(image: Tensor) -> Tensor:
     """Coarse foreground of MRI at any intensity scale, where it is brighter than its mean; for ``CropForegroundd``."""
     return image > image.mean()
+
+
+def inner_fill(image: Tensor, low: Tensor | float, high: Tensor | float) -> float | None:
+    """The value of air that was filled with a value inside the range of the tissue; None if there is none.
+
+    Z-scoring within the head leaves air at 0, the mean of the tissue, and so no affine scale of the scan puts air below
+    tissue. Such air is recognised as one exact value, the most frequent one, well above the least.
+
+    Args:
+        image: of any shape.
+        low: a low percentile of it.
+        high: a high percentile of it.
+    """
+    span = float(high) - float(low)
+    if not 0 < span < math.inf:
+        return None
+    level = ((image - low) / span).clamp(0, 1).mul(255).round().int().flatten()
+    most = int(torch.bincount(level).argmax())
+    if most <= 255 * FILL_HEIGHT:
+        return None
+    values, counts = image.flatten()[level == most].unique(return_counts=True)
+    return float(values[counts.argmax()]) if int(counts.max()) >= FILL_SHARE * image.numel() else None

@@ -5,7 +5,6 @@ import pytest
 from odd_inputs import (
     datalist,
     dicom_series,
-    fails,
     head,
     in_child,
     infer,
@@ -76,7 +75,6 @@ REFUSED = {
 }
 
 
-@fails("no bounds on spacing, field of view, origin and axes")
 @pytest.mark.parametrize("case", REFUSED)
 def test_geometry_that_no_scanner_makes_is_refused_to_train_on_and_to_infer_from(case, tmp_path):
     options, says = REFUSED[case]
@@ -94,9 +92,9 @@ def test_geometry_that_no_scanner_makes_is_refused_to_train_on_and_to_infer_from
 @pytest.mark.parametrize(
     "header",
     [
-        pytest.param({"pixdim": [1, 1e-5, 1, 1, 0, 0, 0, 0]}, marks=fails("no bounds, in a qform either")),
-        pytest.param({"pixdim": [1, 2, 2, 2000, 0, 0, 0, 0]}, marks=fails("no bounds, in a qform either")),
-        pytest.param({"qoffset_x": 1e30}, marks=fails("no bounds, in a qform either")),
+        {"pixdim": [1, 1e-5, 1, 1, 0, 0, 0, 0]},
+        {"pixdim": [1, 2, 2, 2000, 0, 0, 0, 0]},
+        {"qoffset_x": 1e30},
         {"pixdim": [1, 0, 2, 2, 0, 0, 0, 0]},
         {"pixdim": [1, np.inf, 2, 2, 0, 0, 0, 0]},
         {"qoffset_y": np.nan},
@@ -114,9 +112,7 @@ def test_the_same_where_the_affine_comes_from_the_spacing(header, qform, tmp_pat
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3), (None, 1)])
-def test_units_are_read_and_converted(unit, factor, tmp_path, request):
-    if factor != 1:
-        request.applymarker(fails("xyzt_units is ignored"))
+def test_units_are_read_and_converted(unit, factor, tmp_path):
     affine = affine_of((2, 2, 3))
     stored = affine.copy()
     stored[:3] *= factor
@@ -128,7 +124,6 @@ def test_units_are_read_and_converted(unit, factor, tmp_path, request):
     assert rows(tmp_path / "out")[0]["spacing_mm"] == "2x2x3"
 
 
-@fails("xyzt_units is ignored")
 @pytest.mark.parametrize(("unit", "factor"), [("meter", 1e-3), ("micron", 1e3)])
 def test_a_scan_in_other_units_is_segmented_as_in_mm(unit, factor, tmp_path):
     affine = affine_of((2, 2, 2))
@@ -142,7 +137,6 @@ def test_a_scan_in_other_units_is_segmented_as_in_mm(unit, factor, tmp_path):
     assert labels[0].any() and np.array_equal(*labels)
 
 
-@fails("a unit that does not fit the numbers is not seen")
 def test_a_unit_that_cannot_be_is_named(tmp_path):
     """Spacing of 2, said to be metres: the unit is what is wrong."""
     nifti(tmp_path / "p1.nii.gz", units="meter")
@@ -160,7 +154,6 @@ DICOM = {
 }
 
 
-@fails("no bounds in DICOM either")
 @pytest.mark.parametrize("case", DICOM)
 def test_the_same_in_dicom(case, tmp_path):
     elements, says = DICOM[case]
@@ -198,7 +191,6 @@ def test_dicom_geometry_that_is_refused_already(elements, says, tmp_path):
     ],
     ids=["target_spacing", "factor", "spacing"],
 )
-@fails("a grid that does not fit into the memory is allocated")
 def test_a_size_after_resampling_that_does_not_fit_is_refused_before_it_is_allocated(overlays, options, says, tmp_path):
     """With the option's name, and the size: of the message, or of each scan's reason."""
     nifti(tmp_path / "in" / "p1.nii.gz", PLAIN)
@@ -209,7 +201,6 @@ def test_a_size_after_resampling_that_does_not_fit_is_refused_before_it_is_alloc
     assert "DefaultCPUAllocator" not in reason and found.grown < 1 << 30
 
 
-@fails("what becomes one voxel is segmented to nothing")
 def test_a_scan_that_resampling_makes_one_voxel_is_refused_with_the_option(tmp_path):
     """2.4 mm at the network's 2 mm: no label can come of it. Large voxels are well."""
     for name, spacing in {"small": 0.1, "large": 15.0}.items():

@@ -7,7 +7,6 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from odd_inputs import (
     datalist,
-    fails,
     head,
     infer,
     labelled,
@@ -39,26 +38,24 @@ def restored(folder, task, scans, **options):
 
 
 SCALES = {
-    "1000 times as large": (1e3, 0, None),
-    "in [0, 0.001]": (1e-6, 0, None),
-    "at 1e33": (1e30, 0, None),
-    "at 1e-33": (1e-36, 0, None),
-    "z-scored": (1 / PLAIN.std(), -PLAIN.mean() / PLAIN.std(), "a scan below 0 is divided by a percentile"),
-    "offset by -500": (1.0, -500.0, "a scan below 0 is divided by a percentile"),
-    "offset by -2000": (1.0, -2000.0, None),
-    "slightly below 0": (1.0, -100.0, "a scan below 0 is divided by a percentile"),
-    "in [-1, 1]": (2 / PLAIN.max(), -1.0, "a scan below 0 is divided by a percentile"),
-    "in [-2, -1]": (1 / PLAIN.max(), -2.0, None),
-    "offset by 4000": (1.0, 4000.0, "an offset counts as brightness"),
+    "1000 times as large": (1e3, 0),
+    "in [0, 0.001]": (1e-6, 0),
+    "at 1e33": (1e30, 0),
+    "at 1e-33": (1e-36, 0),
+    "z-scored": (1 / PLAIN.std(), -PLAIN.mean() / PLAIN.std()),
+    "offset by -500": (1.0, -500.0),
+    "offset by -2000": (1.0, -2000.0),
+    "slightly below 0": (1.0, -100.0),
+    "in [-1, 1]": (2 / PLAIN.max(), -1.0),
+    "in [-2, -1]": (1 / PLAIN.max(), -2.0),
+    "offset by 4000": (1.0, 4000.0),
 }
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", SCALES)
-def test_an_affine_scale_is_brought_to_a_magnitude_and_back_or_refused(case, task, tmp_path, request):
-    slope, shift, fault = SCALES[case]
-    if fault:
-        request.applymarker(fails(fault))
+def test_an_affine_scale_is_brought_to_a_magnitude_and_back_or_refused(case, task, tmp_path):
+    slope, shift = SCALES[case]
     table, found = restored(tmp_path, task, {"plain": PLAIN, "scaled": (slope * PLAIN + shift).astype(np.float32)})
     assert table["plain"]["status"] == "written"
     if table["scaled"]["status"] == "failed":
@@ -68,7 +65,6 @@ def test_an_affine_scale_is_brought_to_a_magnitude_and_back_or_refused(case, tas
     assert np.abs(found["scaled"] - expected).max() < 0.02 * slope * PLAIN.max()
 
 
-@fails("a signed type is clipped at its end")
 def test_a_signed_integer_scan_is_not_clipped_at_the_end_of_its_type(tmp_path):
     """Stored with an offset, in [-32768, ...]: brighter by 1.3 must not leave the air at the end of the type."""
     table, found = restored(tmp_path, "denoising.json", {"low": (55 * PLAIN - 32000).astype(np.int16)})
@@ -81,7 +77,7 @@ def test_a_signed_integer_scan_is_not_clipped_at_the_end_of_its_type(tmp_path):
 @pytest.mark.parametrize(
     "task",
     [
-        pytest.param("denoising.json", marks=fails("z-scoring within the head puts air inside the range")),
+        "denoising.json",
         "super_resolution.json",  # at a factor of 1 the measured k-space is put back whole
     ],
 )
@@ -103,15 +99,13 @@ def test_air_at_0_within_the_range_is_restored_within_the_range_or_refused(task,
 
 @pytest.mark.parametrize(
     ("value", "overlays"),
-    [(0, ("denoising.json",)), (-5, ("denoising.json",))]
-    + [pytest.param(value, (), marks=fails("a constant scan is segmented to background")) for value in (0, -5, 1000)]
-    + [pytest.param(1000, ("denoising.json",), marks=fails("a constant scan is restored"))],
+    [(value, overlays) for value in (0, -5, 1000) for overlays in ((), ("denoising.json",))],
 )
 def test_a_scan_of_one_value_is_refused_by_inference_too(value, overlays, tmp_path):
     nifti(tmp_path / "in" / "flat.nii.gz", np.full((24, 22, 20), value, np.float32))
     table = infer(tmp_path / "in", tmp_path / "out", *overlays, **stand_in(tmp_path, 1 if overlays else 2))
     assert table["flat"]["status"] == "failed"
-    assert any(word in table["flat"]["reason"] for word in ("same value", "no finite value above 0"))
+    assert "same value" in table["flat"]["reason"]
 
 
 @pytest.mark.parametrize(
@@ -141,9 +135,8 @@ def preprocessed(config, *overlays, image):
 
 @pytest.mark.parametrize("overlay", TASKS)
 @pytest.mark.parametrize("case", ["z-scored", "offset by -500"])
-@fails("training sets what is below 0 to 0")
 def test_training_of_restoration_sees_the_same_as_of_the_magnitude_or_refuses(case, overlay, tmp_path):
-    slope, shift, _ = SCALES[case]
+    slope, shift = SCALES[case]
     plain = nifti(tmp_path / "plain1.nii.gz", PLAIN)
     scaled = nifti(tmp_path / "scaled2.nii.gz", (slope * PLAIN + shift).astype(np.float32))
     found = outcome(preprocessed, "train.json", overlay, image=scaled)
@@ -154,11 +147,10 @@ def test_training_of_restoration_sees_the_same_as_of_the_magnitude_or_refuses(ca
     assert np.abs(found.value - expected).max() < 0.02 and found.value.min() > -0.02
 
 
-@fails("evaluation degrades and scores what is no magnitude")
 def test_evaluation_of_a_z_scored_scan_scores_as_the_magnitude_or_leaves_it_out(tmp_path):
     scores = {}
     for name in ("plain", "z-scored"):
-        slope, shift = SCALES[name][:2] if name in SCALES else (1, 0)
+        slope, shift = SCALES[name] if name in SCALES else (1, 0)
         nifti(tmp_path / name / "p1.nii.gz", (slope * PLAIN + shift).astype(np.float32))
         options = {**stand_in(tmp_path, 1, 0.9), **unblended(), "roi_size": [24, 24, 24]}
         out = tmp_path / f"out {name}"

@@ -40,7 +40,6 @@ from sspformer.networks import SSPFormerEncoder, load_pretrained
 ENCODER = {"patch_size": 8, "dim": 24, "depth": 2, "num_heads": 2}
 
 
-@fails("the rest of a .nii.gz, with its check sum, is not read")
 def test_no_flipped_bit_of_a_nii_gz_changes_what_is_read(tmp_path):
     path = nifti(tmp_path / "a.nii.gz")
     whole, voxels = path.read_bytes(), load(path)[0].numpy()
@@ -56,7 +55,6 @@ def test_no_flipped_bit_of_a_nii_gz_changes_what_is_read(tmp_path):
     assert not accepted, f"{len(accepted)} of {len(bits)} flipped bits changed the voxels"
 
 
-@fails("the rest of a .nii.GZ, with its check sum, is not read")
 def test_the_same_under_another_name(tmp_path):
     nifti(tmp_path / "a.nii.gz")
     path = (tmp_path / "a.nii.gz").rename(tmp_path / "a.nii.GZ")
@@ -64,7 +62,6 @@ def test_the_same_under_another_name(tmp_path):
     refused(load, path, says="a.nii.GZ")
 
 
-@fails("the rest of a .nii.gz, with its check sum, is not read")
 @pytest.mark.parametrize("damage", ["check sum", "length", "no trailer", "half a trailer"])
 def test_a_damaged_end_of_a_nii_gz_fails_one_scan_of_a_batch(damage, tmp_path):
     for name in ("bad", "good"):

@@ -31,7 +31,8 @@ def test_a_small_object_is_scaled_by_its_maximum_in_all_workflows(workflow, tmp_
     voxels[8:12, 8:12, 8:12], voxels[52:56, 52:56, 52:56] = 1000, 3000  # 0.05 % of the field of view
     nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2, 2, 1])), tmp_path / "scan.nii.gz")
     parser = ConfigParser()
-    parser.read_config(str(CONFIGS / f"{workflow}.json"))
+    files = ("train", "evaluate") if workflow == "evaluate" else (workflow,)
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in files])
     parser.config["keys"] = ["image"]
     preprocessing = Compose(parser.get_parsed_content("preprocessing"))
     image = preprocessing({"image": str(tmp_path / "scan.nii.gz")})["image"]
@@ -39,7 +40,9 @@ def test_a_small_object_is_scaled_by_its_maximum_in_all_workflows(workflow, tmp_
     assert ((image - 1 / 3).abs() < 1e-3).sum() >= 8
 
 
-def test_an_image_of_one_value_becomes_air_and_percentiles_ascend():
-    assert not ScaleByPercentilesd("image")({"image": torch.full((1, 4, 4, 4), 7.0)})["image"].any()
+def test_an_image_of_one_value_is_refused_and_percentiles_ascend():
+    for lower in (0.5, None):
+        with pytest.raises(ValueError, match="^image: all voxels have the same value, 7"):
+            ScaleByPercentilesd("image", lower)({"image": torch.full((1, 4, 4, 4), 7.0)})
     with pytest.raises(ValueError, match="^lower and upper must be ascending .* got 99 and 1"):
         ScaleByPercentilesd("image", 99, 1)

@@ -27,7 +27,7 @@ __all__ = ["CachedDataset", "CheckCache", "file_hashing"]
 
 logger = logging.getLogger("sspformer")
 
-CHECK_VERSION = 6  # raise it whenever the check changes, so that no result of an older one is used
+CHECK_VERSION = 7  # raise it whenever the check changes, so that no result of an older one is used
 SAVE_EVERY = 30.0  # seconds
 
 

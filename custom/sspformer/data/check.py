@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from tqdm.contrib.concurrent import thread_map
 
 from ..io.dicom_in import read_dicom
-from ..io.errors import Unusable, by, check_size, reason_of, without_ones
+from ..io.errors import Unusable, by, reason_of, without_ones
+from ..io.nifti import check_grid, open_nifti
 from .cache import CheckCache
 from .labels import integer_ranges
 from .options import MIN_SIZE, DatasetOptions
 from .scan import Scan
 
-__all__ = ["check_dicom", "check_header", "check_label", "check_nifti", "check_scans"]
+__all__ = ["check_dicom", "check_label", "check_nifti", "check_scans"]
 
 MAX_SHIFT = 0.1  # of the grids of an image and its label map against each other, in voxels
-NIFTI_VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
 
 
 def check_scans(scans: Sequence[Scan], classes: set[int] | None, options: DatasetOptions, cache: CheckCache) -> None:
@@ -97,7 +95,8 @@ def _misfits(image: dict, label: dict) -> Iterator[str]:
 
 def check_nifti(files: list[Path], min_size: int) -> dict:
     """Reads a NIfTI file to its last byte; returns its grid (see `check_grid`) and, if 4D, its usable volumes."""
-    grid, image, voxels = _read_nifti(files, min_size)
+    with open_nifti(files[0], min_size) as (image, grid):
+        voxels = image.dataobj.get_unscaled()
     slope, intercept = image.dataobj.slope, image.dataobj.inter
     four = len(without_ones(image.shape)) == 4
     ranges = [_value_range(voxels[:, :, :, i]) for i in range(image.shape[3])] if four else [_value_range(voxels)]
@@ -114,7 +113,8 @@ def check_label(files: list[Path]) -> dict:
     Raises:
         Unusable: when it is no NIfTI file of one volume, or has a value that is not an integer.
     """
-    grid, image, voxels = _read_nifti(files, MIN_SIZE)
+    with open_nifti(files[0], MIN_SIZE) as (image, grid):
+        voxels = image.dataobj.get_unscaled()
     if len(shape := without_ones(image.shape)) > 3:
         raise Unusable(f"4D (shape {by(shape)}): a label map is one volume of class numbers")
     values, counts = np.unique(voxels, return_counts=True)
@@ -129,90 +129,13 @@ def check_label(files: list[Path]) -> dict:
     return grid | {"values": {str(int(v)): int(n) for v, n in zip(np.round(values), counts, strict=True)}}
 
 
-def check_header(files: list[Path], min_size: int) -> dict:
-    """The grid of a NIfTI file by its header (see `check_grid`); no voxel is read.
-
-    Args:
-        files: the NIfTI file, or the .hdr and .img of a pair.
-        min_size: fewest voxels along each side.
-
-    Raises:
-        Unusable: with the reason, when this is not a volume, or series of volumes, of real numbers on a valid grid.
-    """
-    path = files[0]
-    if not all(file.stat().st_size for file in files):
-        raise Unusable("empty file (0 bytes)")
-    compressed = path.suffix.lower() == ".gz"
-    with open(path, "rb") as raw:
-        if compressed and raw.read(2) != b"\x1f\x8b":
-            raise Unusable("not gzip-compressed although named .gz")
-    open_file = gzip.open if compressed else open
-    with open_file(path, "rb") as file:
-        if len(file.read(348)) < 348:
-            raise Unusable("not a NIfTI file although named so (too short for a header)")
-        image = nib.load(path)
-        if not isinstance(image, (nib.Nifti1Pair, nib.Nifti2Pair)):
-            if isinstance(image, nib.AnalyzeImage):
-                raise Unusable("Analyze 7.5, not NIfTI: its orientation is unknown")
-            raise Unusable(f"not a volume in NIfTI format but a {type(image).__name__}")
-        file.seek(0)
-        raw_header = image.header_class.from_fileobj(file, check=False)  # nibabel's check would replace zero spacing
-
-    shape = without_ones(image.shape)
-    dtype = image.get_data_dtype()
-    if dtype.names or dtype.kind not in "iufb":
-        kind = "complex numbers" if dtype.kind == "c" else "a colour image (RGB)" if dtype.names else str(dtype)
-        raise Unusable(f"voxels are {kind}, not one real number each")
-    intent = int(image.header["intent_code"])
-    if len(shape) > 4 or (len(shape) == 4 and intent in NIFTI_VECTOR_INTENTS):
-        raise Unusable(f"{len(shape)}D data (shape {by(shape)}: {NIFTI_VECTOR_INTENTS.get(intent, 'vectors')}?)")
-    check_size(shape, min_size)
-    spacing = nib.affines.voxel_sizes(image.affine)
-    if int(raw_header["sform_code"]) == 0:  # then the affine comes from the spacing in the header
-        spacing = np.abs(raw_header["pixdim"][1:4])
-    return check_grid(shape, spacing, image.affine)
-
-
-def check_grid(shape: Sequence[int], spacing: np.ndarray, affine: np.ndarray) -> dict:
-    """The grid of a scan, whatever its format: shape, spacing in mm, orientation and affine to RAS mm.
-
-    Raises:
-        Unusable: when its geometry cannot be.
-    """
-    if not np.isfinite(affine).all() or not np.isfinite(spacing).all() or min(spacing) <= 0:
-        raise Unusable(f"zero or non-finite voxel spacing ({by(spacing)} mm)")
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        raise Unusable("singular affine: its axes do not span three dimensions")
-    return {
-        "shape": [int(n) for n in shape[:3]],
-        "spacing": [float(s) for s in spacing],
-        "orientation": "".join(axis or "?" for axis in nib.aff2axcodes(affine)),
-        "affine": affine.tolist(),
-    }
-
-
-def _read_nifti(files: list[Path], min_size: int) -> tuple[dict, nib.Nifti1Pair, np.ndarray]:
-    """The grid, the image and the voxels as they are stored; raises if they cannot be read to the file's end."""
-    grid, path = check_header(files, min_size), files[0]
-    image = nib.load(path)
-    if path.suffix.lower() != ".gz":
-        return grid, image, image.dataobj.get_unscaled()
-    with gzip.open(path, "rb") as file:
-        # Reading through our own stream, and on to its end, also verifies gzip's check sum.
-        image = type(image).from_stream(file)
-        voxels = image.dataobj.get_unscaled()
-        while file.read(1 << 20):
-            pass
-    return grid, image, voxels
-
-
 def check_dicom(files: list[Path], min_size: int) -> dict:
     """Reads a DICOM series as training will; returns its grid (see `check_grid`) and the order of its files."""
     voxels, affine, order = read_dicom(files, min_size)
     low, high = _value_range(voxels)
     if low == high:
         raise Unusable("all voxels have the same value")
-    return check_grid(voxels.shape, nib.affines.voxel_sizes(affine), affine) | {"order": order}
+    return check_grid(voxels.shape, affine) | {"order": order}
 
 
 def _value_range(voxels: np.ndarray) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from ..io.errors import reason_of
 from ..io.files import NIFTI_SUFFIX
+from ..io.formats import foreign_content, foreign_name, no_file
 from .cache import CheckCache
 from .labels import label_values
 from .listing import existing, has_lists, is_dicom, nifti_files, pair_folders, read_datalist, read_json, scan_files
@@ -39,7 +40,8 @@ class Found:
     scans: list[Scan] = field(default_factory=list)
     held_out: list[Scan] = field(default_factory=list)  # of the test split, and not to be read
     label_maps: list[PurePosixPath] = field(default_factory=list)  # left out, for they are no scans
-    others: int = 0  # files that are neither
+    foreign: dict[PurePosixPath, str] = field(default_factory=dict)  # images of other formats, and what to do
+    others: int = 0  # files that are none of these
     labelled: bool = False  # whether all scans must have label maps
     classes: set[int] | None = None  # values that label maps may hold; None: any
 
@@ -50,6 +52,12 @@ class Found:
     @property
     def unusable(self) -> list[Scan]:
         return [scan for scan in self.scans if scan.reason]
+
+    @property
+    def advice(self) -> str:
+        """What images of other formats are and what to do with them, each kind once."""
+        kinds = {what: path for path, what in reversed(self.foreign.items())}
+        return "".join(f"; {path} is {what}" for what, path in kinds.items())
 
     @property
     def kind(self) -> str:
@@ -80,12 +88,12 @@ def find_scans(options: DatasetOptions, cache: CheckCache, use_dataset_json: boo
             if NIFTI_SUFFIX.search(path.name) and is_label_path(relative):
                 found.label_maps.append(relative)
             else:
-                files[path] = {"split": "test" if relative.parts[0] == "imagesTs" else ""}
+                files[path] = {"split": "test" if relative.parts[:1] == ("imagesTs",) else ""}
         _add_files(found, files, options, cache)
     elif source.suffix.lower() == ".json":
         _add_files(found, read_datalist(source), options, cache, listed=True)
     else:
-        _add_files(found, {source: {}}, options, cache)
+        _add_files(found, {source: {}}, options, cache, listed=True)
     return found
 
 
@@ -135,9 +143,11 @@ def _add_files(
             found.scans.append(Scan(nifti, root, **known))
         elif is_dicom(path):
             dicom.append(path)
-        elif listed or path.suffix.lower() in (".dcm", ".ima"):
+        elif listed or path.suffix.lower() in (".dcm", ".ima") or path.is_dir():
             kind = "DICOM" if path.suffix.lower() == ".dcm" else "?"
             found.scans.append(Scan([path], root, kind, **known | {"reason": _why_neither(path)}))
+        elif what := foreign_name(path.name):
+            found.foreign[path_within(path, root)] = what
         else:
             found.others += 1
 
@@ -162,9 +172,15 @@ def _add_files(
 
 
 def _why_neither(path: Path) -> str:
-    """Why a file that is meant to be a scan is none."""
-    if not path.exists():
-        return reason_of(FileNotFoundError())
-    if not path.stat().st_size:
-        return "empty file (0 bytes)"
+    """Why a file that is meant to be a scan is none, or a folder that cannot be read."""
+    try:
+        if what := no_file(path):
+            return what
+        if not path.stat().st_size:
+            return "empty file (0 bytes)"
+        with open(path, "rb") as file:
+            if what := foreign_name(path.name) or foreign_content(file.read(348)):
+                return f"neither NIfTI nor DICOM, but {what}"
+    except OSError as error:
+        return reason_of(error)
     return "neither NIfTI nor DICOM (dcmtk's dcmconv repairs raw DICOM that lacks the mark DICM at byte 128)"

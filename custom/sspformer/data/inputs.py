@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 
-import nibabel as nib
 from tqdm.contrib.concurrent import thread_map
 
 from ..io.errors import Unusable, by, reason_of, without_ones
+from ..io.files import printable
+from ..io.nifti import check_header
 from .cache import CheckCache
-from .check import check_header
 from .find import find_scans
 from .naming import name_scans
 from .options import MIN_SIZE, DatasetOptions
@@ -49,10 +49,10 @@ def find_inputs(dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | 
             f"give another folder, such as {output_dir / 'output'}."
         )
     found = find_scans(options, CheckCache(), use_dataset_json=False)
-    counts = f"{len(found.label_maps)} label maps and {found.others} other files"
+    counts = f"{len(found.label_maps)} label maps and {found.others + len(found.foreign)} other files"
     if not found.scans:
-        raise ValueError(f"no scan in {source}, which must be {found.layout}. Found: {counts}.")
-    logger.info(f"{len(found.scans)} scans in {source}; {counts} are left out.")
+        raise ValueError(f"no scan in {source}, which must be {found.layout}. Found: {counts}{found.advice}.")
+    logger.info(printable(f"{len(found.scans)} scans in {source}; {counts} are left out{found.advice}."))
     thread_map(_check, found.scans, max_workers=options.num_workers, desc="reading headers", disable=None)
     found.scans.sort(key=lambda scan: (scan.relative, scan.series))
     name_scans(found.scans, source.name, stem_first=True)
@@ -62,8 +62,8 @@ def find_inputs(dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | 
 def _check(scan: Scan) -> None:
     try:
         if not scan.reason and not scan.series:
-            check_header(scan.files, MIN_SIZE)
-            if len(shape := without_ones(nib.load(scan.files[0]).shape)) > 3:
+            image, _ = check_header(scan.files[0], MIN_SIZE)
+            if len(shape := without_ones(image.shape)) > 3:
                 raise Unusable(f"4D (shape {by(shape)}): split it into 3D volumes first")
     except Exception as error:
         scan.reason = reason_of(error)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..io.files import NIFTI_NAME, NIFTI_SUFFIX, stem, write_atomically
+from ..io.formats import no_file
 
 __all__ = [
     "existing",
@@ -40,19 +41,30 @@ PAIRED_FOLDERS = (("images", "labels", ""), ("imagesTr", "labelsTr", ""), ("imag
 
 
 def existing(path: Path) -> Path:
-    """The path of a data set; raises `FileNotFoundError`, with the name that may have been meant, if it is missing."""
+    """The path of a data set.
+
+    Raises:
+        FileNotFoundError: with the name that may have been meant, when it is missing.
+        ValueError: when it is a pipe or a device.
+    """
     if not path.exists():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, siblings, n=1)
         hint = f" Did you mean {path.parent / close[0]}?" if close else ""
         raise FileNotFoundError(f"dataset_dir {path} does not exist.{hint}")
+    if not path.is_dir() and (what := no_file(path)):
+        raise ValueError(f"dataset_dir {path} is {what}.")
     return path
 
 
 def walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
-    """Every file below a folder, sorted; no hidden ones, no DICOMDIR, no folder twice (links may form loops)."""
+    """Every file below a folder, sorted; no hidden ones, no DICOMDIR, no folder twice (links may form loops).
+
+    A folder that cannot be read is named itself.
+    """
     seen = {os.path.realpath(skip)} if skip else set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    closed: list[Path] = []
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: closed.append(Path(e.filename))):
         real = os.path.realpath(here)
         if real in seen:
             folders.clear()
@@ -60,6 +72,7 @@ def walk(folder: Path, skip: Path | None = None) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(here, name) for name in sorted(files) if name[0] != "." and name.upper() != "DICOMDIR")
+    yield from closed
 
 
 def scan_files(folder: Path, skip: Path | None = None) -> Iterator[Path]:
@@ -72,11 +85,13 @@ def nifti_files(path: Path) -> list[Path]:
     if NIFTI_NAME.search(path.name):
         return [path]
     pair = [path.with_suffix(".hdr"), path.with_suffix(".img")]
-    return pair if path in pair and all(file.exists() for file in pair) else []
+    return pair if path in pair and all(map(os.path.exists, pair)) else []
 
 
 def is_dicom(path: Path) -> bool:
     try:
+        if no_file(path):
+            return False
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
@@ -103,6 +118,9 @@ def pair_folders(root: Path) -> tuple[dict[Path, dict], list[Path]]:
                 case = _case(path, images)
             elif is_dicom(path):
                 case = path.relative_to(images).parent.as_posix()
+            elif path.is_dir():  # a closed one
+                files[path] = known
+                continue
             else:
                 continue
             without_channel, _, channel = case.rpartition("_")

@@ -153,16 +153,17 @@ def name_scans(scans: Sequence[Scan], root_name: str, stem_first: bool = False) 
     Args:
         scans: of one data set.
         root_name: the folder of a series that lies in none.
-        stem_first: begin with the stem, and leave it as it is, instead of putting the folders before it.
+        stem_first: begin with the stem, and leave it as it is if it can be printed, instead of putting the folders
+            before it.
     """
     parts = []
     for scan in scans:
         folders = list(scan.relative.parts[:-1])
-        last = stem(scan.relative.name)
+        last = stem(scan.relative.name) or root_name
         if scan.series:
             last = f"{folders.pop() if folders else root_name}_series{scan.series}"
         clean = [re.sub(r"[^\w.-]+", "_", part) for part in [*folders, last]]
-        parts.append([*clean[:-1], last] if stem_first else clean)
+        parts.append([*clean[:-1], re.sub(r"[\x00-\x1f\x7f\\]", "_", last)] if stem_first else clean)
     depth = [1] * len(scans)
     while True:
         names = ["_".join([p[-1], *p[-d:-1]] if stem_first else p[-d:]) for p, d in zip(parts, depth, strict=True)]

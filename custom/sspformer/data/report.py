@@ -33,6 +33,7 @@ def report(found: Found, options: DatasetOptions) -> None:
     rows = [_row(scan, found.labelled) for scan in usable + found.unusable]
     left_out = {"label map": found.label_maps, "test scan": found.held_out}
     rows += [{"status": f"{what}, left out", "path": str(path)} for what, paths in left_out.items() for path in paths]
+    rows += [{"status": f"left out: {what}", "path": str(path)} for path, what in found.foreign.items()]
     shown, more = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
     if any(scan.target is not None for scan in usable):
         more = ["target"]
@@ -93,9 +94,9 @@ def _summary(found: Found) -> str:
     counts = {
         "label maps left out": len(found.label_maps),
         "test scans left out": len(found.held_out),
-        "other files ignored": found.others,
+        "other files ignored": found.others + len(found.foreign),
     }
-    return ", ".join(parts + [f"{count} {what}" for what, count in counts.items() if count]) + "."
+    return ", ".join(parts + [f"{count} {what}" for what, count in counts.items() if count]) + f"{found.advice}."
 
 
 def _warn_of_labels(found: Found) -> None:

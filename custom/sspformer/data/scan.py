@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from ..io.files import digest, stats
+from ..io.files import digest, printable, stats
 
 __all__ = ["Scan", "path_within"]
 
@@ -78,5 +78,5 @@ class Scan:
 
 
 def path_within(path: Path, root: Path) -> PurePosixPath:
-    """A path relative to the data set's folder; of a file outside it, too."""
-    return PurePosixPath(*(part for part in Path(os.path.relpath(path, root)).parts if part != ".."))
+    """A path relative to the data set's folder, to print; of a file outside it, too."""
+    return PurePosixPath(*(printable(part) for part in Path(os.path.relpath(path, root)).parts if part != ".."))

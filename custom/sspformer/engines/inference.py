@@ -15,7 +15,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
 from ..compat import original_error
-from ..io.files import digest, stats, stem, write_atomically
+from ..io.files import digest, printable, stats, stem, write_atomically
 from ..io.load import files_of, is_series
 from ..io.tables import write_csv
 from ..options import flag
@@ -76,6 +76,20 @@ def mark_done(
 
 
 def _mark(
+    item: Mapping[str, Any],
+    writers: Sequence[ResultWriter],
+    weights: str | Path,
+    options: Mapping[str, Any],
+    overwrite: bool,
+) -> Mapping[str, Any]:
+    try:
+        return _compare(item, writers, weights, options, overwrite)
+    except OSError as error:  # the name is too long for a result, the scan is gone, ...
+        reason = f"its result cannot be looked up: {error.strerror or error}"
+        return {"name": item["name"], "source": item.get("source", ""), "reason": reason}
+
+
+def _compare(
     item: Mapping[str, Any],
     writers: Sequence[ResultWriter],
     weights: str | Path,
@@ -181,7 +195,7 @@ class InferenceEvaluator(SupervisedEvaluator):
 
 def _reason(error: Exception) -> str:
     error = original_error(error)
-    return str(error) or type(error).__name__
+    return printable(error) or type(error).__name__
 
 
 class InferenceReport:

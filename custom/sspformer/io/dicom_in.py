@@ -19,6 +19,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import UID
 
 from .errors import Unusable, check_size
+from .nifti import check_grid
 
 __all__ = ["DicomStack", "dicom_frames", "hash_voxels", "quiet_dicom", "read_dicom", "read_stack", "shown"]
 
@@ -136,7 +137,9 @@ def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = Tr
             raise Unusable("its slices have different shapes")
         frames += [{"file": i, "number": n, **frame} for n, frame in enumerate(dicom_frames(ds), 1)]
     order, affine = _stack_geometry(frames)
-    check_size((int(datasets[0].Columns), int(datasets[0].Rows), len(frames)), min_size)
+    shape = (int(datasets[0].Columns), int(datasets[0].Rows), len(frames))
+    check_size(shape, min_size)
+    check_grid(shape, affine)
     return DicomStack(datasets, frames, order, affine)
 
 

@@ -26,10 +26,10 @@ def reason_of(error: Exception) -> str:
         return "no such file, or a broken link (DataLad and git-annex: get the file first)"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be opened: {error.strerror}"
-    if isinstance(error, nib.spatialimages.HeaderDataError):
-        return "corrupt NIfTI header"
     if isinstance(error, nib.filebasedimages.ImageFileError):
-        return "not a NIfTI file although named so"
+        return "not a NIfTI file although named so: it has no such header"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
     return f"cannot be read ({type(error).__name__})"
 
 

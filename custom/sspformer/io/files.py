@@ -12,6 +12,7 @@ from pathlib import Path
 __all__ = [
     "digest",
     "output_path",
+    "printable",
     "replacing",
     "stats",
     "stem",
@@ -27,13 +28,18 @@ def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file; several processes may do so at the same time."""
     with replacing(path, shared=True) as part:
-        part.write_text(text, encoding="utf-8", newline="")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def digest(text: object) -> str:
     """A hash in place of an identifier; empty for an empty one."""
     text = str(text or "").strip()
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16] if text else ""
+
+
+def printable(text: object) -> str:
+    """Text for tables, logs and messages: bytes of a file name that are no UTF-8 become `\\xfc` and the like."""
+    return str(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 NIFTI_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.I)

@@ -15,6 +15,7 @@ from monai.utils import SpaceKeys, ensure_tuple
 
 from .dicom_in import read_dicom
 from .errors import Unusable, reason_of
+from .files import printable
 from .nifti import read_nifti
 
 __all__ = ["LoadScand", "files_of", "is_series"]
@@ -73,7 +74,7 @@ class LoadScand(MapTransform):
                 raise Unusable(f"{broken} voxels are NaN or infinite")
         except Exception as error:
             where = os.path.dirname(name) if series and len(image) > 1 else name
-            raise ValueError(f"cannot read the scan {where}: {reason_of(error)}") from error
+            raise ValueError(f"cannot read the scan {printable(where)}: {reason_of(error)}") from error
         meta = {
             "filename_or_obj": name,
             "original_affine": affine.copy(),

@@ -12,7 +12,7 @@ from monai.transforms import InvertibleTransform, MapTransform, ScaleIntensityRa
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from torch import Tensor
 
-from ..intensity import noise_level
+from ..intensity import inner_fill, noise_level
 
 __all__ = ["BlendByNoiseLeveld", "ScaleByPercentilesd"]
 
@@ -20,22 +20,28 @@ __all__ = ["BlendByNoiseLeveld", "ScaleByPercentilesd"]
 class ScaleByPercentilesd(MapTransform, InvertibleTransform):
     """Bring the intensities of images to one scale, by percentiles of their values.
 
-    ``lower`` becomes 0, ``upper`` becomes 1, and what lies beyond is clipped. Without ``lower`` an image is only
-    divided by ``upper``, which can be inverted.
+    ``lower`` becomes 0, ``upper`` becomes 1, and what lies beyond is clipped. The numbers are those of MONAI's
+    ``ScaleIntensityRangePercentilesd``, but for two cases. Both percentiles of a small object in a large field of view
+    are the value of the air. MONAI leaves such an image unscaled; here its maximum takes the place of ``upper``. And
+    air that was filled with a value inside the range of the tissue becomes 0, see
+    :func:`sspformer.intensity.inner_fill`.
 
-    The numbers are those of MONAI's ``ScaleIntensityRangePercentilesd``, but for one case. Both percentiles of a small
-    object in a large field of view are the value of the air. MONAI leaves such an image unscaled; here its maximum
-    takes the place of ``upper``. A clipped image of one value becomes 0.
+    Without ``lower`` the image becomes a magnitude, which can be inverted: it is divided by ``upper``. If its air does
+    not lie near 0, as in a scan that was z-scored or has an offset, that of the air is subtracted first.
 
     Args:
         keys: images of a floating point type, MetaTensors if they are to be inverted.
-        lower: percentile that becomes 0, at least 0; None: nothing is shifted or clipped.
+        lower: percentile that becomes 0, at least 0; None: nothing is clipped.
         upper: percentile that becomes 1, above ``lower``, at most 100.
         allow_missing_keys: do not raise if a key is missing.
 
     Raises:
-        ValueError: if a percentile is out of its range, or if ``lower`` is None and an image has no value above 0.
+        ValueError: if a percentile is out of its range; naming the file, if an image has one value only; and, without
+            ``lower``, if no affine scale makes a magnitude of it, because its air lies inside the range of the tissue.
     """
+
+    AIR = 0.5  # percentile of the air
+    NEAR_0 = 0.05  # of the upper percentile: air up to here is that of a magnitude
 
     def __init__(
         self,
@@ -55,28 +61,44 @@ class ScaleByPercentilesd(MapTransform, InvertibleTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image = torch.as_tensor(d[key]).as_subclass(Tensor)
-            low = 0.0 if self.lower is None else percentile(image, self.lower)
+            name = getattr(d[key], "meta", {}).get("filename_or_obj", key)
+            if image.min() == image.max():
+                raise ValueError(f"{name}: all voxels have the same value, {float(image.max()):g}.")
+            low = percentile(image, self.AIR if self.lower is None else self.lower)
             high = percentile(image, self.upper)
             if high <= low:
                 high = image.max()
-            if self.lower is not None:
-                d[key] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(d[key])
+            fill = inner_fill(image, low, high)
+            if self.lower is None:
+                d[key] = self._as_magnitude(d[key], float(low), float(high), fill, name)
                 continue
-            scale = float(high)
-            if not 0 < scale < math.inf:
-                name = getattr(d[key], "meta", {}).get("filename_or_obj", key)
-                raise ValueError(
-                    f"{name} has no finite value above 0, its largest is {scale:g}: not a magnitude image."
-                )
-            d[key] = d[key] / scale
-            self.push_transform(d[key], extra_info={"scale": scale})
+            if fill is not None:
+                d[key] = d[key].masked_fill(d[key] == fill, float(low))
+            d[key] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(d[key])
         return d
 
+    def _as_magnitude(self, image: Tensor, low: float, high: float, fill: float | None, name: str) -> Tensor:
+        if fill is not None:
+            raise ValueError(
+                f"{name} is no magnitude image: its air, at {fill:.4g}, lies inside the range of its tissue, {low:.4g} "
+                f"to {high:.4g} (z-scored within the head?). Take the scan before it was normalised."
+            )
+        offset = 0.0 if abs(low) <= self.NEAR_0 * high else low
+        scale = high - offset
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{name} is no magnitude image: its intensities span {scale:g}.")
+        image = (image - offset if offset else image) / scale
+        self.push_transform(image, extra_info={"offset": offset, "scale": scale})
+        return image
+
     def inverse(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
-        """Multiply again what was divided; what was clipped stays as it is."""
+        """Bring a magnitude back to its own scale; what was clipped stays as it is."""
         d = dict(data)
         for key in self.key_iterator(d) if self.lower is None else ():
-            d[key] = d[key] * self.pop_transform(d[key])["extra_info"]["scale"]
+            info = self.pop_transform(d[key])["extra_info"]
+            d[key] = d[key] * info["scale"]
+            if info["offset"]:
+                d[key] = d[key] + info["offset"]
         return d
 
 

@@ -24,6 +24,7 @@ from monai.utils import convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
+from ..geometry import check_resampled_shape
 from ..kspace import reduce_resolution
 from ..options import is_null
 from .noise import checked_range
@@ -267,7 +268,8 @@ class FourierResampled(MapTransform):
 
     Raises:
         ValueError: unless exactly one of ``factor`` and ``spacing`` is given, or a number is out of its range. None,
-            and "null" from a command line, count as not given.
+            and "null" from a command line, count as not given. When called: for a grid that does not fit into the
+            memory, see :func:`sspformer.geometry.check_resampled_shape`.
     """
 
     def __init__(
@@ -294,6 +296,8 @@ class FourierResampled(MapTransform):
         for key in self.key_iterator(d):
             low: MetaTensor = d[key]
             size, sides = self.size(low), np.array(low.shape[1:])
+            option = f"factor {self.factor}" if self.spacing is None else f"target_spacing {self.spacing} mm"
+            check_resampled_shape(size, option, low.meta.get("filename_or_obj", "the scan"))
             fine = MetaTensor(
                 kspace.fourier_resample(low.as_tensor()[None], size.tolist())[0],
                 affine=low.affine @ torch.diag(torch.tensor([*(sides / size), 1.0], dtype=low.affine.dtype)),
