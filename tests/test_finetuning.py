@@ -381,18 +381,20 @@ def test_freezing_refuses_a_negative_number():
 
 # --- restoration
 
+LEVELS = ("degradation", "val_degradation")
+
 
 @pytest.mark.parametrize(
     "task, overrides",
     [
         # weak noise takes longer to gain from
-        ("denoising", {"degradation#sigma": [0.05, 0.15], "val_degradation#sigma": [0.05, 0.15]}),
-        ("super_resolution", {"margin": 4}),
+        ("denoising", {"crop_size": [32] * 3, **{f"{name}#sigma": [0.05, 0.15] for name in LEVELS}}),
+        ("super_resolution", {"crop_size": [48] * 3, "margin": 4}),
     ],
 )
 def test_the_overlays_of_restoration_learn_to_gain(task, overrides, pairs, tmp_path):
     output = tmp_path / "out"
-    settings = {**LONG, "epochs": 8, "crops_per_scan": 6, "val_interval": 8, **overrides}
+    settings = {**LONG, "epochs": 8, "crops_per_scan": 6, "val_interval": 8, "roi_size": [24] * 3, **overrides}
     train(output, pairs / "images", "restoration.json", f"{task}.json", pretrained=None, **settings)
     loss = column(output, "train_loss")  # minus the gain in dB; some draws have little to gain
     assert np.mean(loss[-3:]) < min(loss[0], -0.3)

@@ -266,9 +266,12 @@ def rows(output_dir, name="scans.csv") -> list[dict[str, str]]:
 
 def overlays_of(*names) -> list[str]:
     """The files of a command: an overlay of restoration comes after restoration.json, where there is one."""
-    if {"denoising.json", "super_resolution.json"} & set(names) and (CONFIGS / "restoration.json").exists():
-        names = ("restoration.json", *names)
-    return [str(CONFIGS / name) for name in names]
+    chain = []
+    for name in names:
+        if name in ("denoising.json", "super_resolution.json") and (CONFIGS / "restoration.json").exists():
+            chain.append("restoration.json")
+        chain.append(name)
+    return [str(CONFIGS / name) for name in chain]
 
 
 def stand_in(folder, classes=2, factor=1.0, bias=0.0) -> dict:
@@ -321,7 +324,7 @@ def workflow(kind, dataset_dir, output_dir, *overlays, initialize=True, **overri
 
 
 def _evaluate_is_an_overlay() -> bool:
-    return "network" not in json.loads((CONFIGS / "evaluate.json").read_text())
+    return "imports" not in json.loads((CONFIGS / "evaluate.json").read_text())
 
 
 def run(kind, dataset_dir, output_dir, *overlays, **overrides) -> ConfigParser:
@@ -330,6 +333,20 @@ def run(kind, dataset_dir, output_dir, *overlays, **overrides) -> ConfigParser:
     made.run()
     made.finalize()
     return made.parser
+
+
+def option_of(kind: str, name: str) -> str:
+    """How an option is called on the command line: some stand in a part of the config. Empty where there is none."""
+    names = ["train.json", "evaluate.json"] if kind == "evaluate" and _evaluate_is_an_overlay() else [f"{kind}.json"]
+    config: dict = {}
+    for file in names:
+        config |= json.loads((CONFIGS / file).read_text())
+    parts = ("", "data_options#", "inferer#", "optimizer#", "lr_scheduler#")
+    for part in parts:
+        holder = config.get(part[:-1], {}) if part else config
+        if name in holder or part + name in config:
+            return part + name
+    return ""
 
 
 def infer(dataset_dir, output_dir, *overlays, **overrides) -> dict[str, dict[str, str]]:

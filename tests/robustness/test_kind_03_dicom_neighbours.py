@@ -3,7 +3,7 @@
 import numpy as np
 import pydicom
 import pytest
-from odd_inputs import dicom_series, head, rows
+from odd_inputs import dicom_series, head, infer, rows, stand_in
 from pydicom.uid import generate_uid
 
 from sspformer.data import DatasetOptions, find_inputs, prepare_datalist
@@ -132,3 +132,15 @@ def test_names_of_odd_series_numbers(tmp_path):
         ds.SeriesNumber = 19620914
         ds.save_as(path)
     assert [item["name"] for item in find_inputs(tmp_path / "in")] == ["in_seriesx"]
+
+
+@pytest.mark.parametrize(
+    "uids", [{"SOPInstanceUID": "1.2.3.9"}, {"elements_of": lambda k: {"SeriesInstanceUID": f"1.2.3.{k}"}}]
+)
+def test_dicom_results_refer_to_no_series_with_such_uids(uids, tmp_path):
+    """The NIfTI is right; a DICOM SEG could not say which slice is whose."""
+    pytest.importorskip("highdicom")
+    dicom_series(tmp_path / "in", ONE, **uids)
+    (row,) = infer(tmp_path / "in", tmp_path / "out", dicom=True, **stand_in(tmp_path)).values()
+    assert row["status"] == "failed" and "no result can refer to the series" in row["reason"]
+    assert not list((tmp_path / "out").glob("*.dcm")) and list((tmp_path / "out").glob("*_seg.nii.gz"))

@@ -11,8 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data.utils import pickle_hashing
-from monai.transforms import Compose
 from odd_inputs import (
     BUNDLE,
     datalist,
@@ -32,9 +30,8 @@ from odd_inputs import (
 )
 from torch import nn
 
-from sspformer.data import CachedDataset, file_hashing
+from sspformer.data import CachedDataset
 from sspformer.engines import StrictCheckpointLoader
-from sspformer.io import LoadScand
 from sspformer.networks import SSPFormerEncoder, load_pretrained
 
 ENCODER = {"patch_size": 8, "dim": 24, "depth": 2, "num_heads": 2}
@@ -141,11 +138,12 @@ def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path):
         assert refused(run, "train", data, output, **settings, says=says), damage
 
 
+def voxels_of(item):
+    return {"image": load(item["image"]).as_tensor()}
+
+
 def cached(folder):
-    data = [{"image": str(folder / "a1.nii.gz")}]
-    transform = Compose([LoadScand("image")])
-    options = {"hash_func": file_hashing, "hash_transform": pickle_hashing, "track_meta": False}
-    return CachedDataset(data, transform, folder / "cache", **options)
+    return CachedDataset([{"image": str(folder / "a1.nii.gz")}], voxels_of, folder / "cache")
 
 
 def zipped(content) -> bytes:

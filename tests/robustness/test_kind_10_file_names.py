@@ -12,6 +12,7 @@ import pytest
 from odd_inputs import (
     accepted,
     datalist,
+    dicom_series,
     head,
     in_child,
     infer,
@@ -132,12 +133,21 @@ def test_what_is_no_file_is_no_scan_and_stops_nothing(make, name, tmp_path):
         assert good == ["good1"]
 
 
-@pytest.mark.parametrize("make", [pipe, broken_link, folder])
-def test_what_is_no_file_is_refused_by_name_when_it_is_the_data_set_itself(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (pipe, ("pipe", "no file", "not a file")),
+        (broken_link, ("does not exist", "no such file")),
+        (folder, ("no scan", "no usable scan")),
+    ],
+)
+def test_what_is_no_file_is_refused_by_name_when_it_is_the_data_set_itself(make, says, tmp_path):
     make(tmp_path / "one.nii.gz")
     for function in (datalist, inputs):
         found = in_child(function, tmp_path / "one.nii.gz", seconds=4)
-        assert not found and found.named and "one.nii.gz" in found.error, f"{found.kind}: {found.error}"
+        text = found.error or " ".join(item.get("reason", "") + item["source"] for item in found.value)
+        assert found or found.named, f"{found.kind}: {found.error}"
+        assert "one.nii.gz" in text and any(word in text for word in says), text
 
 
 @pytest.mark.parametrize("make", [pipe, broken_link, folder])
@@ -176,6 +186,29 @@ def test_what_may_not_be_read_is_named_and_stops_nothing(closed, open_folder):
     assert not found and found.named and "closed" in found.error and "ermission" in found.error
     found = in_child(inputs, open_folder / "in", user=65534)
     assert sorted("reason" in item for item in found.value) == [False, True]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_closed_dicom_file_without_a_suffix_is_named(open_folder):
+    """It may be a slice of a scan: without it the rest would be another scan."""
+    dicom_series(open_folder / "in" / "a")
+    (path,) = dicom_series(open_folder / "in" / "b", only=[3])
+    path.rename(path.with_name("IM0004")).chmod(0)
+    found = in_child(inputs, open_folder / "in", user=65534)
+    assert sorted(item.get("reason", "")[-17:] for item in found.value) == ["", "Permission denied"]
+
+
+def test_dicom_in_folders_whose_names_are_no_utf_8(tmp_path):
+    """Two scans of the same UIDs, which differ: what is said of them can be printed and written."""
+    for i, name in enumerate((b"M\xfcller", b"\xff\xfe")):
+        dicom_series(tmp_path / "x", head(seed=i).astype(np.uint16))
+        (tmp_path / "in").mkdir(exist_ok=True)
+        os.rename(tmp_path / "x", os.fsencode(tmp_path / "in") + b"/" + name)
+    dicom_series(tmp_path / "in" / "good", series="1.2.9")
+    found = accepted(datalist, tmp_path / "in", tmp_path / "out", val_fraction=0)
+    assert len(items_of(found)) == len(rows(tmp_path / "out")) == 3
+    table = infer(tmp_path / "in", tmp_path / "out2", **stand_in(tmp_path))
+    assert [row["status"] for row in table.values()] == ["written"] * 3
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

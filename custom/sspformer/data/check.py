@@ -12,7 +12,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from ..io.dicom_in import read_dicom
 from ..io.errors import Unusable, by, reason_of, without_ones
-from ..io.nifti import check_grid, open_nifti
+from ..io.nifti import check_grid, check_intent, open_nifti
 from .cache import CheckCache
 from .labels import integer_ranges
 from .options import MIN_SIZE, DatasetOptions
@@ -96,11 +96,15 @@ def _misfits(image: dict, label: dict) -> Iterator[str]:
 def check_nifti(files: list[Path], min_size: int) -> dict:
     """Reads a NIfTI file to its last byte; returns its grid (see `check_grid`) and, if 4D, its usable volumes."""
     with open_nifti(files[0], min_size) as (image, grid):
+        check_intent(image)
         voxels = image.dataobj.get_unscaled()
     slope, intercept = image.dataobj.slope, image.dataobj.inter
     four = len(without_ones(image.shape)) == 4
     ranges = [_value_range(voxels[:, :, :, i]) for i in range(image.shape[3])] if four else [_value_range(voxels)]
-    _value_range(np.array(ranges) * slope + intercept)
+    values = np.array(ranges) * slope + intercept
+    _value_range(values)
+    if len(values) == 3 and (values.min(axis=1) < -0.1 * values.max(axis=1)).all() and (values.max(axis=1) > 0).all():
+        raise Unusable("three volumes with negative values: a displacement field (warp), no scans")
     varied = [i for i, (low, high) in enumerate(ranges) if low < high and slope != 0]
     if not varied:
         raise Unusable("all voxels have the same value")

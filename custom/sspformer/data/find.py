@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from ..io.errors import reason_of
 from ..io.files import NIFTI_SUFFIX
 from ..io.formats import foreign_content, foreign_name, no_file
+from .bids import left_out_of_bids
 from .cache import CheckCache
 from .labels import label_values
 from .listing import existing, has_lists, is_dicom, nifti_files, pair_folders, read_datalist, read_json, scan_files
@@ -40,6 +42,7 @@ class Found:
     scans: list[Scan] = field(default_factory=list)
     held_out: list[Scan] = field(default_factory=list)  # of the test split, and not to be read
     label_maps: list[PurePosixPath] = field(default_factory=list)  # left out, for they are no scans
+    unasked: list[PurePosixPath] = field(default_factory=list)  # images of a BIDS data set left out, see `bids`
     foreign: dict[PurePosixPath, str] = field(default_factory=dict)  # images of other formats, and what to do
     others: int = 0  # files that are none of these
     labelled: bool = False  # whether all scans must have label maps
@@ -82,11 +85,16 @@ def find_scans(options: DatasetOptions, cache: CheckCache, use_dataset_json: boo
         source = source / "dataset.json"
     found = Found()
     if source.is_dir():
-        files = {}
+        files, unasked = {}, left_out_of_bids(source, options.bids_suffixes)
         for path in scan_files(source, skip=options.output_dir):
             relative = path_within(path, source)
             if NIFTI_SUFFIX.search(path.name) and is_label_path(relative):
                 found.label_maps.append(relative)
+            elif unasked(path) and not path.is_dir():
+                if NIFTI_SUFFIX.search(path.name):
+                    found.unasked.append(relative)
+                else:
+                    found.others += 1
             else:
                 files[path] = {"split": "test" if relative.parts[:1] == ("imagesTs",) else ""}
         _add_files(found, files, options, cache)
@@ -143,7 +151,7 @@ def _add_files(
             found.scans.append(Scan(nifti, root, **known))
         elif is_dicom(path):
             dicom.append(path)
-        elif listed or path.suffix.lower() in (".dcm", ".ima") or path.is_dir():
+        elif listed or path.suffix.lower() in (".dcm", ".ima") or path.is_dir() or _is_closed(path):
             kind = "DICOM" if path.suffix.lower() == ".dcm" else "?"
             found.scans.append(Scan([path], root, kind, **known | {"reason": _why_neither(path)}))
         elif what := foreign_name(path.name):
@@ -169,6 +177,10 @@ def _add_files(
             Scan(paths, root, "DICOM", header=series[paths[0]], **known | {"note": note, "reason": reason})
         )
     assign_subjects(found.scans, root.name, options.subject_pattern)
+
+
+def _is_closed(path: Path) -> bool:
+    return os.path.exists(path) and not os.access(path, os.R_OK)
 
 
 def _why_neither(path: Path) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 from tqdm.contrib.concurrent import thread_map
 
 from ..io.errors import Unusable, by, reason_of, without_ones
 from ..io.files import printable
-from ..io.nifti import check_header
+from ..io.nifti import check_header, check_intent
 from .cache import CheckCache
 from .find import find_scans
 from .naming import name_scans
 from .options import MIN_SIZE, DatasetOptions
+from .report import MAX_NAMED, UNASKED
 from .scan import Scan
 
 __all__ = ["find_inputs"]
@@ -21,13 +23,18 @@ __all__ = ["find_inputs"]
 logger = logging.getLogger("sspformer")
 
 
-def find_inputs(dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None) -> list[dict]:
+def find_inputs(
+    dataset_dir: str | os.PathLike,
+    output_dir: str | os.PathLike | None = None,
+    bids_suffixes: Sequence[str] | str | None = None,
+) -> list[dict]:
     """Finds the scans of a file, folder, DICOM series or datalist, and reads their headers; label maps are left out.
 
     Args:
         dataset_dir: a NIfTI file, which may be named like a label map; a folder, searched recursively for NIfTI files
             and DICOM series; or a datalist (JSON), of which all lists are taken.
         output_dir: not searched, so that results are not taken for scans.
+        bids_suffixes: what is a scan in a BIDS data set, see `DatasetOptions`.
 
     Returns:
         the items, sorted by path and JSON-serialisable: "image" (path, or the list of a DICOM series' files), "name"
@@ -39,7 +46,7 @@ def find_inputs(dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | 
         FileNotFoundError: when ``dataset_dir`` does not exist.
         ValueError: when there is no scan at all, or ``output_dir`` is a file or the searched folder itself.
     """
-    options = DatasetOptions(dataset_dir, output_dir)
+    options = DatasetOptions(dataset_dir, output_dir, bids_suffixes=bids_suffixes)
     source, output_dir = options.dataset_dir, options.output_dir
     if output_dir and output_dir.is_file():
         raise ValueError(f"output_dir {output_dir} is a file: give a folder.")
@@ -49,7 +56,12 @@ def find_inputs(dataset_dir: str | os.PathLike, output_dir: str | os.PathLike | 
             f"give another folder, such as {output_dir / 'output'}."
         )
     found = find_scans(options, CheckCache(), use_dataset_json=False)
-    counts = f"{len(found.label_maps)} label maps and {found.others + len(found.foreign)} other files"
+    left_out = found.label_maps + found.unasked
+    if left_out:
+        more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
+        logger.info(f"Left out as label maps, or as {UNASKED}: {', '.join(map(str, left_out[:MAX_NAMED]))}{more}.")
+    others = found.others + len(found.foreign)
+    counts = f"{len(left_out)} label maps and images of other kinds and {others} other files"
     if not found.scans:
         raise ValueError(f"no scan in {source}, which must be {found.layout}. Found: {counts}{found.advice}.")
     logger.info(printable(f"{len(found.scans)} scans in {source}; {counts} are left out{found.advice}."))
@@ -63,6 +75,7 @@ def _check(scan: Scan) -> None:
     try:
         if not scan.reason and not scan.series:
             image, _ = check_header(scan.files[0], MIN_SIZE)
+            check_intent(image)
             if len(shape := without_ones(image.shape)) > 3:
                 raise Unusable(f"4D (shape {by(shape)}): split it into 3D volumes first")
     except Exception as error:

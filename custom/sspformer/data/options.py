@@ -23,6 +23,13 @@ def _or_none(convert: Callable) -> Callable:
     return lambda value: None if is_null(value) else convert(value)
 
 
+def _suffixes(value: object) -> tuple[str, ...] | str:
+    suffixes = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else list(value)
+    if not suffixes or not all(re.fullmatch(r"[A-Za-z0-9]+", str(suffix)) for suffix in suffixes):
+        raise ValueError("give suffixes such as T1w, which have letters and digits alone")
+    return "all" if suffixes == ["all"] else tuple(map(str, suffixes))
+
+
 CONVERSIONS = {
     "dataset_dir": lambda value: Path(value).absolute(),
     "output_dir": _or_none(Path),
@@ -32,6 +39,7 @@ CONVERSIONS = {
     "max_subjects": _or_none(_integer),
     "skip_unreadable": flag,
     "subject_pattern": _or_none(lambda value: re.compile(str(value)).pattern),
+    "bids_suffixes": _or_none(_suffixes),
     "min_size": _integer,
     "max_volumes": _integer,
     "num_workers": lambda value: max(1, _integer(value)),
@@ -59,6 +67,9 @@ class DatasetOptions:
         skip_unreadable: continue without unusable scans instead of raising.
         subject_pattern: regular expression, searched in each path relative to the data set; its first group, or else
             the whole match, is the subject. None: BIDS names, DICOM's PatientID (hashed) or a guess from the path.
+        bids_suffixes: what is a scan in a folder that is a BIDS data set (see :mod:`sspformer.data.bids`): the raw
+            images of these suffixes, such as ("T1w", "bold"). None: the anatomical ones. "all": every image, also
+            derivatives, maps and phases.
         min_size: fewest voxels along each side.
         max_volumes: most volumes of a 4D file, evenly spaced.
         num_workers: threads that read.
@@ -75,6 +86,7 @@ class DatasetOptions:
     max_subjects: int | None = None
     skip_unreadable: bool = False
     subject_pattern: str | None = None
+    bids_suffixes: tuple[str, ...] | str | None = None
     min_size: int = 8
     max_volumes: int = 4
     num_workers: int = 2

@@ -20,6 +20,7 @@ logger = logging.getLogger("sspformer")
 MAX_ROWS = 30  # of the printed table
 MAX_NAMED = 20  # unusable scans in the error
 MAX_EMPTY = 10  # empty label maps in the warning
+UNASKED = "no raw anatomical image of the BIDS data set, or none of bids_suffixes"
 SHOWN = ("name", "subject", "split", "format", "shape", "spacing_mm", "orientation")
 
 
@@ -31,7 +32,7 @@ def report(found: Found, options: DatasetOptions) -> None:
     """
     usable = sorted(found.usable, key=lambda scan: scan.split == "left out")
     rows = [_row(scan, found.labelled) for scan in usable + found.unusable]
-    left_out = {"label map": found.label_maps, "test scan": found.held_out}
+    left_out = {"label map": found.label_maps, UNASKED: found.unasked, "test scan": found.held_out}
     rows += [{"status": f"{what}, left out", "path": str(path)} for what, paths in left_out.items() for path in paths]
     rows += [{"status": f"left out: {what}", "path": str(path)} for path, what in found.foreign.items()]
     shown, more = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
@@ -93,6 +94,7 @@ def _summary(found: Found) -> str:
     parts += [f"{len(found.unusable)} unusable"]
     counts = {
         "label maps left out": len(found.label_maps),
+        f"files left out ({UNASKED})": len(found.unasked),
         "test scans left out": len(found.held_out),
         "other files ignored": found.others + len(found.foreign),
     }

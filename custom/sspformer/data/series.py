@@ -16,7 +16,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from ..io.dicom_in import dicom_frames, hash_voxels, quiet_dicom, shown
 from ..io.errors import reason_of
-from ..io.files import digest
+from ..io.files import digest, printable
 from .cache import CheckCache
 
 __all__ = ["Series", "dicom_header", "group_series", "read_headers"]
@@ -154,7 +154,7 @@ class _Rivals:
             note = "its UIDs are those of a scan in another folder, too"
             return [part._replace(note="; ".join(filter(None, [part.note, note]))) for part in parts]
         per_place = len(files) / len(set(map(self._place, files)))
-        named = " and ".join(str(path.relative_to(top.parent)) for path in clash)
+        named = " and ".join(printable(path.relative_to(top.parent)) for path in clash)
         reason = (
             f"several images at one slice position ({per_place:.3g} on average, such as {named}: copies that differ, "
             "echoes, time points or diffusion directions in one series; convert it with dcm2niix)"

@@ -366,7 +366,7 @@ def _is_ours(path: Path) -> bool:
 def _read_sources(files: Sequence[str | Path]) -> tuple[DicomStack, list[dict], Dataset]:
     """Headers of the series, its frames in the order of the stack, and the header of the first frame.
 
-    Raises `Unusable` if a header lacks an identifier that results refer to.
+    Raises `Unusable` if a header lacks an identifier that results refer to, or if one is repeated.
     """
     stack = read_stack(files, pixels=False)
     frame_of_reference = generate_uid()  # of a series that has none
@@ -375,6 +375,11 @@ def _read_sources(files: Sequence[str | Path]) -> tuple[DicomStack, list[dict], 
             if not ds.get(keyword):
                 raise Unusable(f"no {keyword} in the DICOM header, so no result can refer to the series")
         ds.FrameOfReferenceUID = ds.get("FrameOfReferenceUID") or frame_of_reference
+    instances, series = ({ds[uid].value for ds in stack.datasets} for uid in ("SOPInstanceUID", "SeriesInstanceUID"))
+    if len(instances) < len(stack.datasets) or len(series) > 1:
+        raise Unusable(
+            "its slices have one SOPInstanceUID, or a SeriesInstanceUID each, so no result can refer to the series"
+        )
     frames = [stack.frames[i] for i in stack.order]
     return stack, frames, stack.datasets[frames[0]["file"]]
 

@@ -20,11 +20,19 @@ from .errors import Unusable, by, check_size, without_ones
 from .files import NIFTI_SUFFIX, output_path, replacing
 from .formats import foreign_content, no_file
 
-__all__ = ["SaveLikeInputd", "check_grid", "check_header", "open_nifti", "read_nifti", "save_like"]
+__all__ = ["SaveLikeInputd", "check_grid", "check_header", "check_intent", "open_nifti", "read_nifti", "save_like"]
 
 GZIP_RATIO = 1032  # deflate packs no more bytes into one
 UNITS = {1: ("metre", 1000.0), 3: ("micron", 0.001)}  # codes of xyzt_units, in mm; all others mean mm
 VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}
+IMAGE_INTENTS = {0, 1001, 1011, 2001}  # none, estimates, without a dimension, time series
+
+
+def check_intent(image: nib.Nifti1Pair) -> None:
+    """Raises `Unusable` for what the header says is no image: statistics, labels, vectors, warps, colours."""
+    code = int(image.header["intent_code"])
+    if code not in IMAGE_INTENTS and code in nib.nifti1.intent_codes:
+        raise Unusable(f"no image but {nib.nifti1.intent_codes.label[code].strip()!r} by its header (intent {code})")
 
 
 def read_nifti(path: str | Path, volume: int | None = None) -> tuple[np.ndarray, np.ndarray]:
