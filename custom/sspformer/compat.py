@@ -113,7 +113,8 @@ class ResampleSpacingd(Spacingd):
     up to date (https://github.com/Project-MONAI/MONAI/issues/6840), and fails on the path that MONAI Label keeps as
     ``image_path``. We know of no report of that.
 
-    Before it allocates anything, it refuses a shape that does not fit, see :func:`check_resampled_shape`.
+    Before it allocates anything, it refuses a shape that does not fit, see
+    :func:`sspformer.geometry.check_resampled_shape`.
     """
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:

@@ -1,4 +1,4 @@
-"""Inputs that go wrong: see README.md."""
+"""Inputs that go wrong: see docs/inputs.md."""
 
 import warnings
 

@@ -1,7 +1,9 @@
 """Geometry that cannot be: units are converted, what no scanner makes is refused with value and likely cause."""
 
+import nibabel as nib
 import numpy as np
 import pytest
+from monai.data import MetaTensor
 from odd_inputs import (
     datalist,
     dicom_series,
@@ -16,6 +18,8 @@ from odd_inputs import (
     rows,
     stand_in,
 )
+
+from sspformer.io import save_like
 
 PLAIN = head()
 
@@ -214,3 +218,22 @@ def test_items_of_a_folder_with_one_bad_geometry_name_it_alone(tmp_path):
     nifti(tmp_path / "good1.nii.gz")
     nifti(tmp_path / "bad2.nii.gz", pixdim=[1, 0, 2, 2, 0, 0, 0, 0], sform_code=0, qform_code=1)
     assert [item["name"] for item in items_of(datalist(tmp_path, val_fraction=0, skip_unreadable=True))] == ["good1"]
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3)])
+@pytest.mark.parametrize("step", [1, 2])
+def test_results_are_written_in_the_unit_of_the_file(unit, factor, step, tmp_path):
+    """On its grid with its affine bit by bit; on a finer grid, too, qform and sform are in its unit."""
+    affine = affine_of((2, 2, 3))
+    affine[:3] *= factor
+    path = nifti(tmp_path / "p1.nii.gz", PLAIN, affine, units=unit, qform_code=1, sform_code=2)
+    image = load(path)
+    fine = MetaTensor(image.as_tensor().repeat_interleave(step, 3), image.affine @ np.diag([1, 1, 1 / step, 1.0]))
+    fine.meta["filename_or_obj"] = str(path)
+    save_like(fine, tmp_path / "out.nii.gz")
+    source, result = nib.load(path), nib.load(tmp_path / "out.nii.gz")
+    assert result.header.get_xyzt_units()[0] == unit
+    for found, stored in ((result.get_qform(), source.get_qform()), (result.get_sform(), source.get_sform())):
+        assert np.allclose(found, stored @ np.diag([1, 1, 1 / step, 1]), rtol=1e-5, atol=1e-6 * factor)
+    assert step > 1 or np.array_equal(result.affine, source.affine)
+    assert np.allclose(load(tmp_path / "out.nii.gz").affine, fine.affine, atol=1e-3)

@@ -217,7 +217,7 @@ def save_like(volume: MetaTensor, path: str | Path, rounded: bool = True) -> Non
     """
     path, source = Path(path), str(volume.meta["filename_or_obj"])
     voxels = volume.as_tensor().detach().cpu().numpy()[0]
-    affine = np.asarray(volume.affine.cpu(), dtype=np.float64)
+    affine = np.array(volume.affine.cpu(), dtype=np.float64)  # a copy
     if is_image := voxels.dtype.kind == "f":
         voxels = voxels.astype(np.float32, copy=False)
     if NIFTI_SUFFIX.search(source):
