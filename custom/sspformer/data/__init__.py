@@ -27,6 +27,7 @@ from .datalist import (
     prepare_test_pairs,
     prepare_test_scans,
 )
+from .device_loader import DeviceLoader, ScanBuffer
 from .inputs import find_inputs
 from .labels import class_names, class_weights
 from .naming import is_label_path, subject_of
@@ -37,8 +38,10 @@ from .targets import TargetOptions, prepare_targets, prepare_test_targets, targe
 __all__ = [
     "CachedDataset",
     "DatasetOptions",
+    "DeviceLoader",
     "LazyDatalist",
     "Scan",
+    "ScanBuffer",
     "TargetOptions",
     "check_pairs",
     "class_names",

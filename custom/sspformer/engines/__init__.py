@@ -29,8 +29,10 @@ from .predictions import (
 )
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
+from .train_step import TrainStep
 
 __all__ = [
+    "TrainStep",
     "AutocastInferer",
     "AutocastSlidingWindowInferer",
     "EvaluationReport",

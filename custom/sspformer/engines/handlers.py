@@ -26,7 +26,8 @@ class SeedEpoch:
 
     Args:
         seed: of the run.
-        randomizables: objects with MONAI's ``set_random_state``, or datasets whose ``transform`` has it.
+        randomizables: objects with MONAI's ``set_random_state``, or datasets whose ``transform`` has it. One with
+            ``shared_draws`` is seeded alike in all processes, as :class:`sspformer.data.DeviceLoader` is.
         same_every_epoch: draw the same in each epoch, for validation; leaves the global sources alone.
     """
 
@@ -37,17 +38,17 @@ class SeedEpoch:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        seed = self.seed
+        seed = shared = self.seed
         if not self.same_every_epoch:
             seeds = np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(idist.get_world_size())
-            seed = int(seeds[idist.get_rank()])
+            seed, shared = int(seeds[idist.get_rank()]), int(seeds[0])
             torch.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
         for randomizable in self.randomizables:
             source = getattr(randomizable, "transform", randomizable)
             if hasattr(source, "set_random_state"):  # MONAI's default prepare_batch draws nothing
-                source.set_random_state(seed=seed)
+                source.set_random_state(seed=shared if getattr(source, "shared_draws", False) else seed)
 
 
 class GradientClipping:

@@ -22,7 +22,8 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
     """Base class: the images of a batch on the device, and a generator there.
 
     Args:
-        image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor.
+        image_key: entry of the batch, ``(B, C, *S)``. Its spacing is the batch's ``spacing`` (B, len(S)), mm, or that
+            of a MetaTensor.
         seed: of all draws; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
     """
 
@@ -42,9 +43,9 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
     ) -> tuple[Tensor, Tensor, torch.Generator]:
         """Images ``(B, C, *S)``, float32, their spacing in mm ``(B, len(S))``, and the generator, all on the device."""
         image = batchdata[self.image_key]
-        spacing = kspace.spacing_of(image)
+        spacing = batchdata["spacing"] if "spacing" in batchdata else kspace.spacing_of(image)
         image = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
-        if spacing is not None and image.device.type == "cuda":
+        if spacing is not None and image.device.type == "cuda" and spacing.device.type == "cpu":
             spacing = spacing.pin_memory().to(device, non_blocking=True)  # the host does not wait for the device
         if self._generator is None or self._generator.device != image.device:
             self._generator = torch.Generator(image.device).manual_seed(self._device_seed)

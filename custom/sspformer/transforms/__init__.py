@@ -1,6 +1,14 @@
 """MONAI transforms of the method: each a pure batched function, an array transform and its dictionary twin."""
 
-from .crops import crop_range
+from .batched import (
+    BatchedBiasField,
+    BatchedContrast,
+    BatchedDownsampling,
+    BatchedNoise,
+    BatchedResolution,
+    BatchedSkullStrip,
+)
+from .crops import CropSampler, resample
 from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
 from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
@@ -36,6 +44,14 @@ from .seeded import SeededTransform, SeededTransformd
 from .skull_stripping import RandSkullStripd
 
 __all__ = [
+    "BatchedBiasField",
+    "BatchedContrast",
+    "BatchedDownsampling",
+    "BatchedNoise",
+    "BatchedResolution",
+    "BatchedSkullStrip",
+    "CropSampler",
+    "resample",
     "DataConsistencyd",
     "FourierResampled",
     "InverseFrequencyMask",
@@ -59,7 +75,6 @@ __all__ = [
     "SeededTransform",
     "SeededTransformd",
     "argmax_on_grid",
-    "crop_range",
     "draw_mask",
     "frequency_weighted_noise",
     "high_frequency_map",

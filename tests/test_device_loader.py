@@ -1,0 +1,103 @@
+"""Batches drawn where the network is: complete epochs, the same draws again, and the same wherever the scans lie."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import Dataset, MetaTensor
+
+from sspformer.data import DeviceLoader
+from sspformer.transforms import BatchedContrast, BatchedNoise, CropSampler
+
+SHAPES = [(12, 14, 10), (16, 9, 11), (10, 10, 10), (13, 12, 15), (11, 18, 9)]
+
+
+def dataset(n=5):
+    """Scan number i has intensities from i to i + 0.5."""
+    items = []
+    for i in range(n):
+        image = (i + 0.5 * torch.rand(1, *SHAPES[i], generator=torch.Generator().manual_seed(i))).half()
+        affine = torch.diag(torch.tensor([1.0 + 0.1 * i, 1.0, 2.0, 1.0], dtype=torch.float64))
+        items.append(
+            {"image": MetaTensor(image, affine=affine), "label": MetaTensor((image > i).byte(), affine=affine)}
+        )
+    return Dataset(items)
+
+
+def loader(**options):
+    settings = {"crop": CropSampler((8, 8, 8)), "batch_size": 2, "crops_per_scan": 3, "keys": ("image", "label")}
+    return DeviceLoader(dataset(), **settings | options)
+
+
+def scan_of(batch):
+    return batch["image"].flatten(1).median(dim=1).values.floor().int().tolist()
+
+
+def test_an_epoch_has_so_many_crops_of_each_scan_in_batches_of_one_size():
+    batches = list(made := loader())
+    assert len(batches) == len(made) == 8  # 15 crops, and one that fills the last batch up
+    assert all(batch["image"].shape == (2, 1, 8, 8, 8) for batch in batches)
+    assert batches[0]["label"].dtype == torch.uint8 and batches[0]["image"].dtype == torch.float32
+    scans = [scan for batch in batches for scan in scan_of(batch)]
+    assert sorted(scans[:15]) == sorted([0, 1, 2, 3, 4] * 3)
+    spacing = torch.cat([batch["spacing"] for batch in batches])
+    assert torch.allclose(spacing, torch.tensor([[1 + 0.1 * scan, 1, 2] for scan in scans]))
+
+
+@pytest.mark.parametrize("residence", ["device", "host", "disk"])
+def test_draws_depend_on_the_seed_alone_wherever_the_scans_lie(residence):
+    augmentation = [BatchedContrast(0.5), BatchedNoise(0.5, sigma=0.1)]
+    made = loader(residence=residence, augmentation=augmentation)
+    reference = loader(residence="device", augmentation=[BatchedContrast(0.5), BatchedNoise(0.5, sigma=0.1)])
+    for seed in (1, 2, 1):
+        made.set_random_state(seed)
+        reference.set_random_state(seed)
+        for found, wanted in zip(made, reference, strict=True):
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    one = next(iter(reference.set_random_state(1)))["image"]
+    assert not torch.equal(one, next(iter(reference.set_random_state(2)))["image"])
+
+
+def test_slices_of_volumes():
+    made = loader(crop=CropSampler((8, 8), rotate=0.3, scale=(0.8, 1.2)))
+    batch = next(iter(made))
+    assert batch["image"].shape == batch["label"].shape == (2, 1, 8, 8) and batch["spacing"].shape == (2, 2)
+
+
+def test_scans_that_do_not_fit_stay_on_the_disk(monkeypatch):
+    monkeypatch.setattr("sspformer.data.device_loader._free", lambda device: 1000)
+    monkeypatch.setattr("sspformer.data.device_loader.PROBED", 2)
+    made = loader()
+    assert len(list(made)) == 8 and made.residence == "disk"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residence": "gpu"}, "residence must be auto, device, host, disk"),
+        ({"batch_size": 0}, "batch_size and crops_per_scan must be 1 or more"),
+    ],
+)
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        loader(**options)
+    with pytest.raises(ValueError, match="no scan"):
+        DeviceLoader(Dataset([]), CropSampler((8, 8, 8)), 1)
+
+
+def test_crops_with_little_foreground_are_drawn_again():
+    image = torch.zeros(1, 40, 40, 40)
+    image[:, :14, :14, :14] = 1
+    scans = Dataset([{"image": MetaTensor(image)}])
+    shares = []
+    for foreground in (0.0, 0.5):
+        made = DeviceLoader(scans, CropSampler((8, 8, 8)), 200, crops_per_scan=200, foreground=foreground)
+        shares.append((next(iter(made))["image"] > 0.5).float().mean().item())
+    assert shares[1] > 3 * shares[0]
+
+
+def test_beyond_its_ends_a_scan_is_mirrored():
+    image = torch.rand(1, 6, 5, 4)
+    scans = Dataset([{"image": MetaTensor(image)}])
+    crop = next(iter(DeviceLoader(scans, CropSampler((14, 9, 12), mirror=True), 1)))["image"][0, 0]
+    wanted = torch.from_numpy(np.pad(image[0].numpy(), ((4, 4), (2, 2), (4, 4)), mode="symmetric"))
+    assert torch.equal(crop, wanted)
