@@ -41,7 +41,8 @@ class ScaleByPercentilesd(MapTransform, InvertibleTransform):
     """
 
     AIR = 0.5  # percentile of the air
-    NEAR_0 = 0.05  # of the upper percentile: air up to here is that of a magnitude
+    #: of the upper percentile: air in this range is that of a magnitude; a crop without air, or a noisy one, has much
+    NEAR_0 = (-0.05, 0.5)
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class ScaleByPercentilesd(MapTransform, InvertibleTransform):
                 f"{name} is no magnitude image: its air, at {fill:.4g}, lies inside the range of its tissue, {low:.4g} "
                 f"to {high:.4g} (z-scored within the head?). Take the scan before it was normalised."
             )
-        offset = 0.0 if abs(low) <= self.NEAR_0 * high else low
+        offset = 0.0 if self.NEAR_0[0] * high <= low <= self.NEAR_0[1] * high else low
         scale = high - offset
         if not 0 < scale < math.inf:
             raise ValueError(f"{name} is no magnitude image: its intensities span {scale:g}.")
