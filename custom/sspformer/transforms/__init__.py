@@ -8,7 +8,7 @@ from .batched import (
     BatchedResolution,
     BatchedSkullStrip,
 )
-from .crops import CropSampler, crop_range, resample
+from .crops import CropSampler, resample
 from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
 from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
@@ -51,7 +51,6 @@ __all__ = [
     "BatchedResolution",
     "BatchedSkullStrip",
     "CropSampler",
-    "crop_range",
     "resample",
     "DataConsistencyd",
     "FourierResampled",
