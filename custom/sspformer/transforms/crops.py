@@ -13,8 +13,6 @@ import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
-__all__ = ["CropSampler", "resample"]
-
 
 def resample(
     voxels: Tensor,
