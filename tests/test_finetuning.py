@@ -302,7 +302,7 @@ def test_class_numbers_are_rounded_wherever_labels_are_read(tmp_path):
         return Compose([parser.get_parsed_content(entry) for entry in entries])(item)["label"][0].numpy()
 
     (item,) = prepare_pairs(DatasetOptions(tmp_path, classes=10, val_fraction=0))["training"]
-    steps = [*(f"preprocessing#{i}" for i in range(4)), "train_transforms#store"]
+    steps = [*(f"preprocessing#{i}" for i in range(4)), "storage#0"]
     training = read("train.json", entries=steps)
     evaluation = read("train.json", "evaluate.json", entries=["label_loading#0", "label_loading#1"])
     for label in (training, evaluation):

@@ -1,14 +1,17 @@
-"""Packs what a bare GPU machine needs into one file: code, wheels, weights and scans, at most 55 MB.
+"""Packs what a bare GPU machine needs into one file: code, wheels and scans, at most 55 MB.
 
-    python benchmarks/gpu/pack.py --data ../shared/data --sets brain --out gpu_pack.tar
-    python benchmarks/gpu/pack.py --data ../shared/data --sets mixed hippocampus --out gpu_pack_2.tar
+    python -m benchmarks.gpu.pack --data ../shared/data --out study.tar
+    python -m benchmarks.gpu.pack --data ../shared/data --out check.tar --max_scans 4 --tests
+    python -m benchmarks.gpu.pack --data ../shared/data --out mixed.tar --sets mixed hippocampus
 
-On the GPU machine: ``tar -xf gpu_pack.tar -C work && bash work/benchmarks/gpu/run.sh OUT MINUTES``. Several packs are
-unpacked into one folder; ``run.sh`` uses the data that are there. That machine has Python 3.12, PyTorch, numpy, scipy,
-scikit-image, matplotlib, tensorboard and einops, and no network.
+``study.tar`` is for ``run.sh ... study``, ``check.tar`` for ``run.sh ... check speed``: it has the tests, what they
+import and the weights that ship, and few scans. On the GPU machine: ``tar -xf study.tar -C work && bash
+work/benchmarks/gpu/run.sh OUT MINUTES study``. Several packs may be unpacked into one folder; ``run.sh`` uses the scans
+that are there. That machine has Python 3.12, PyTorch, numpy, scipy, scikit-image, matplotlib, tensorboard and einops,
+and no network.
 
-What is lost: air outside the head becomes 0, voxels have 48 levels between 0 and the 99.5th percentile (rounding noise
-of 0.6 % of that, well below the noise of the scans), grids are those of the 2 mm preprocessing. Pictures are stored as
+What is lost: air outside the head becomes 0, voxels have 40 levels between 0 and the 99.5th percentile (a rounding
+error of 0.7 % of that, standard deviation), grids are those of the 2 mm preprocessing. Pictures are stored as
 lossless WebP, one mosaic of slices a scan. Label maps are exact. The splits are those of ``benchmarks/splits.csv``.
 """
 
@@ -31,7 +34,7 @@ from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 55e6  # bytes
-LEVELS = 48
+LEVELS = 40
 #: what the GPU machine lacks; versions are those of constraints.txt
 WHEELS = (
     "monai",
@@ -44,7 +47,10 @@ WHEELS = (
     "packaging",
     "importlib-resources",
 )
-CODE = ("custom", "bundle/configs", "benchmarks", "scripts", "tests", "pyproject.toml", "setup.cfg", "constraints.txt")
+CODE = ("custom", "bundle/configs", "benchmarks", "pyproject.toml", "setup.cfg")
+#: with --tests
+TEST_WHEELS = ("pytest", "pluggy", "iniconfig", "pygments")
+TEST_CODE = ("tests", "scripts", "constraints.txt", "bundle/models/model.pt", "bundle/models/pretrained")
 #: set: which rows of the manifest belong to it
 SETS = {
     "brain": lambda row: row["file"].startswith("brain_structures/") and row["split"] in ("train", "val"),
@@ -121,7 +127,9 @@ def add_scans(tar: tarfile.TarFile, data: Path, name: str, limit: int | None) ->
     """One set: WebP files and an index with what it takes to make NIfTI files of them again. Returns the bytes."""
     with (data / "manifest.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if SETS[name](row)]
-    images = [row for row in rows if "/labels/" not in row["file"]][:limit]
+    images = [row for row in rows if "/labels/" not in row["file"]]
+    splits = {split: [row for row in images if row["split"] == split][:limit] for split in LISTS}
+    images = [row for of_split in splits.values() for row in of_split]
     index, size = [], 0
     for row in images:
         source = data / row["file"]
@@ -129,7 +137,7 @@ def add_scans(tar: tarfile.TarFile, data: Path, name: str, limit: int | None) ->
         voxels, affine = preprocessed(source, None if small else 2.0)
         entry = {"path": row["file"], "split": row["split"], "subject": row["subject"]}
         entry |= {"shape": list(voxels.shape), "affine": np.asarray(affine).tolist(), "label": None}
-        size += add(tar, f"packed/{name}/{row['path']}.webp", encode(quantize(voxels, keep_air=small)))
+        size += add(tar, f"packed/{name}/{row['file']}.webp", encode(quantize(voxels, keep_air=small)))
         label = Path(row["file"].replace("/images", "/labels"))
         if label != Path(row["file"]) and (data / label).is_file():
             size += add(
@@ -162,7 +170,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of benchmarks/prepare_data.py")
     parser.add_argument("--sets", nargs="*", choices=SETS, default=["brain"])
     parser.add_argument("--out", type=Path, default=Path("gpu_pack.tar"))
-    parser.add_argument("--max_scans", type=int, help="of each set, for a trial")
+    parser.add_argument("--max_scans", type=int, help="of each split of a set, for a trial")
+    parser.add_argument("--tests", action="store_true", help="the tests, what they import, and the weights that ship")
     parser.add_argument("--no_wheels", action="store_true", help="for a machine that has them")
     parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="make NIfTI files of FOLDER/packed under --out")
     options = parser.parse_args()
@@ -172,14 +181,13 @@ def main() -> None:
     sizes = {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(options.out, "w") as tar, tempfile.TemporaryDirectory() as folder:
-        files = subprocess.run(["git", "ls-files", *CODE], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        sizes["code"] = sum(add(tar, name, (ROOT / name).read_bytes()) for name in files.split() if ".png" not in name)
-        sizes["encoder"] = add(
-            tar, "bundle/models/pretrained/encoder.pt", (ROOT / "bundle/models/pretrained/encoder.pt").read_bytes()
-        )
+        tracked = ["git", "ls-files", *CODE, *(TEST_CODE if options.tests else ())]
+        files = subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        sizes["code"] = sum(add(tar, name, (ROOT / name).read_bytes()) for name in files if not name.endswith(".png"))
         if not options.no_wheels:
             pip = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "--only-binary=:all:"]
-            pip += ["--python-version", "3.12", "-c", str(ROOT / "constraints.txt"), "-d", folder, *WHEELS]
+            pip += ["--python-version", "3.12", "-c", str(ROOT / "constraints.txt"), "-d", folder]
+            pip += [*WHEELS, *(TEST_WHEELS if options.tests else ())]
             subprocess.run(pip, check=True)
             wheels = sorted(Path(folder).glob("*.whl"))
             sizes["wheels"] = sum(add(tar, f"wheels/{wheel.name}", wheel.read_bytes()) for wheel in wheels)

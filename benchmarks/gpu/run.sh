@@ -41,7 +41,7 @@ for what in "$@"; do
     check) python3 -m benchmarks.gpu.check --out "$out" --minutes "$(left)" "${smoke[@]}" || true ;;
     speed) python3 -m benchmarks.gpu.speed --out "$out" --minutes "$(left)" "${smoke[@]}" || true ;;
     study) python3 -m benchmarks.gpu.study --out "$out" --data "${SSPFORMER_DATA:-data}" --minutes "$(left)" "${smoke[@]}" || true ;;
-    weights) python3 -m benchmarks.train_models --data "${SSPFORMER_DATA:-data}" --work_dir "$out/weights" --gpu ;;
+    weights) python3 -m benchmarks.train_models --data "${SSPFORMER_DATA:-data}" --work_dir "$out/weights" ;;
     *) echo "run.sh: '$what' is none of check, speed, study, weights" >&2; exit 2 ;;
   esac
 done

@@ -57,7 +57,7 @@ def pretraining(arm: str, seed: int) -> Run:
     if arm.endswith("clean"):
         options["noise"] = "null"
     if arm.endswith("rotated"):
-        options["train#crop#rotate"] = 0.26
+        options["crops#sampler#rotate"] = 0.26
     return Run(f"pretrain_{arm}_{seed}", "pretrain", seed, steps=1500, options=options)
 
 
