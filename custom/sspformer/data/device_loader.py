@@ -182,7 +182,7 @@ class DeviceLoader(Randomizable):
         self._seed = int(self.R.randint(2**31))
         for transform in self.augmentation:
             if isinstance(transform, Randomizable):
-                transform.set_random_state(seed, state)
+                transform.set_random_state(None if seed is None else seed + idist.get_rank(), state)
         return self
 
     def __len__(self) -> int:
@@ -191,21 +191,22 @@ class DeviceLoader(Randomizable):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.prepare()
         where = self.device if self.residence == "device" else torch.device("cpu")
-        generator = torch.Generator(where).manual_seed(self._seed)
+        # all processes draw the places of the global batch; each augments its own part
+        generators = [torch.Generator(where).manual_seed(self._seed + n) for n in (0, 1 + idist.get_rank())]
         n_global = self.batch_size * idist.get_world_size()
         n_crops = len(self) * n_global
         order = self.R.permutation(len(self.dataset) * self.crops_per_scan)[:n_crops] % len(self.dataset)
         order = torch.from_numpy(order).long()
         order = order.repeat(-(-n_crops // len(order)))[:n_crops].reshape(-1, n_global)
         if self.residence == "device":
-            yield from (self.draw(self._buffer, index, generator) for index in order.to(where))
+            yield from (self.draw(self._buffer, index, *generators) for index in order.to(where))
             return
         with ThreadPoolExecutor(1) as thread:  # one, so that the batches keep the generator's order
-            ahead = deque(thread.submit(self._draw_on_host, index, generator) for index in order[:PREFETCH])
+            ahead = deque(thread.submit(self._draw_on_host, index, *generators) for index in order[:PREFETCH])
             for index in itertools.chain(order[PREFETCH:], [None] * min(PREFETCH, len(order))):
                 batch = ahead.popleft().result()
                 if index is not None:
-                    ahead.append(thread.submit(self._draw_on_host, index, generator))
+                    ahead.append(thread.submit(self._draw_on_host, index, *generators))
                 yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def prepare(self) -> None:
@@ -231,13 +232,16 @@ class DeviceLoader(Randomizable):
         where = self.device if self.residence == "device" else "the host"
         logger.info(f"{len(items)} scans lie on {where}: {self._buffer.nbytes / 2**30:.3g} GiB")
 
-    def draw(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(
+        self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator, own_generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """This process's part of a batch.
 
         Args:
             buffer: of the scans.
             index: numbers of the scans of the whole global batch.
-            generator: on their device.
+            generator: of the places of all crops, on their device.
+            own_generator: of the augmentation of this process's crops, there too.
 
         Returns:
             crops ``(B, 1, *crop_size)``, ``affine`` (B, 4, 4) and ``spacing`` (B, len(crop_size)), augmented.
@@ -249,7 +253,7 @@ class DeviceLoader(Randomizable):
         if self.crop.spatial_dims == 2:
             batch |= {key: batch[key][..., 0] for key in self.keys} | {"spacing": batch["spacing"][:, :2]}
         for transform in self.augmentation:
-            batch = transform(batch, generator)
+            batch = transform(batch, own_generator)
         return batch
 
     def place(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -267,12 +271,12 @@ class DeviceLoader(Randomizable):
         chosen = enough.to(torch.uint8).argmax(dim=0)
         return matrix.reshape(TRIES, -1, 3, 4)[chosen, torch.arange(len(index), device=index.device)]
 
-    def _draw_on_host(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _draw_on_host(self, index: Tensor, *generators: torch.Generator) -> dict[str, Tensor]:
         buffer = self._buffer
         if buffer is None:  # a buffer of this batch alone
             scans, index = index.unique(return_inverse=True)
             buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys, self.numbers)
-        batch = self.draw(buffer, index, generator)
+        batch = self.draw(buffer, index, *generators)
         return {n: v.pin_memory() for n, v in batch.items()} if self.device.type == "cuda" else batch
 
 
