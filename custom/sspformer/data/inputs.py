@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tqdm.contrib.concurrent import thread_map
 
-from ..io.errors import Unusable, by, reason_of, without_ones
+from ..io.errors import Unusable, by, reason_of, some, without_ones
 from ..io.files import printable
 from ..io.nifti import check_header, check_intent
 from .cache import CheckCache
@@ -56,8 +56,7 @@ def find_inputs(
     found = find_scans(options, CheckCache(), use_dataset_json=False)
     left_out = found.label_maps + found.unasked
     if left_out:
-        more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
-        logger.info(f"Left out as label maps, or as {UNASKED}: {', '.join(map(str, left_out[:MAX_NAMED]))}{more}.")
+        logger.info(f"Left out as label maps, or as {UNASKED}: {some(left_out, MAX_NAMED)}.")
     others = found.others + len(found.foreign)
     counts = f"{len(left_out)} label maps and images of other kinds and {others} other files"
     if not found.scans:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from ..io.errors import by
+from ..io.errors import by, some
 from ..io.tables import format_table, write_csv
 from .find import Found
 from .labels import integer_ranges
@@ -17,7 +17,6 @@ logger = logging.getLogger("sspformer")
 
 MAX_ROWS = 30  # of the printed table
 MAX_NAMED = 20  # unusable scans in the error
-MAX_EMPTY = 10  # empty label maps in the warning
 UNASKED = "no raw anatomical image of the BIDS data set, or none of bids_suffixes"
 SHOWN = ("name", "subject", "split", "format", "shape", "spacing_mm", "orientation")
 
@@ -103,8 +102,7 @@ def _warn_of_labels(found: Found) -> None:
     """Says which label maps to train or to evaluate on are empty, and which classes are in none of them."""
     scans = [scan for scan in found.usable if scan.split in ("training", "both")] or found.usable
     if empty := [str(scan) for scan in scans if set(scan.check["values"]) == {0}]:
-        more = f" and {len(empty) - MAX_EMPTY} more" if len(empty) > MAX_EMPTY else ""
-        logger.warning(f"The label map is empty (background only) for {', '.join(empty[:MAX_EMPTY])}{more}.")
+        logger.warning(f"The label map is empty (background only) for {some(empty)}.")
     seen = {0}.union(*(scan.check["values"] for scan in scans))
     if found.classes and (absent := found.classes - seen):
         logger.warning(f"The classes {integer_ranges(absent)} are in none of the {len(scans)} label maps.")
