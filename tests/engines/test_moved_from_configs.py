@@ -14,8 +14,8 @@ from monai.transforms import RandAdjustContrastd, RandAffined
 
 from sspformer.engines import (
     History,
-    PredictionPanel,
     LoadCheckpoint,
+    PredictionPanel,
     Progress,
     SaveBestModel,
     SaveCheckpoint,
