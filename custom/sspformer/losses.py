@@ -90,7 +90,7 @@ class MaskedReconstructionLoss(nn.Module):
         patches = error.new_zeros(error.shape[0], math.prod(grid), error.shape[2])
         patches = patches.scatter(1, index[..., None].expand_as(error), error)
         volume = unpatchify(patches, grid, self.patch_size)
-        weight = kspace.highpass(kspace.radial_frequency(volume, spacing, half=True))
+        weight = kspace.highpass(kspace.radial_frequency(volume, spacing, half=True), gamma=1.0)
         return kspace.filter_image(volume, weight).square().sum() / error.numel()
 
 
