@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
     Args:
         path: of the file; its folder is created.
         shared: several processes may write it at the same time, each to a temporary path of its own.
+
+    Raises:
+        OSError: on a full disk, naming the file, the room and what is safe.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +69,21 @@ def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch raises a RuntimeError of its own
+        if not isinstance(cause, OSError) or cause.filename:
+            raise
+        raise _no_room(path, cause) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _no_room(path: Path, error: OSError) -> OSError:
+    """A write that failed, with its file, the room that there is, and what is safe."""
+    free = shutil.disk_usage(path.parent).free
+    safe = f"the {path.name} from before is whole" if path.exists() else "nothing half is left behind"
+    why = f"{error.strerror or error}: cannot write {path}, with {free / 1e6:,.0f} MB free in its folder; {safe}"
+    return OSError(error.errno, why) if error.errno else OSError(why)
 
 
 def output_path(name: str, output_dir: str | Path, postfix: str) -> Path:
