@@ -133,11 +133,13 @@ def test_a_checkpoint_on_a_full_disk_names_the_file_the_room_and_what_is_safe(tm
     assert "checkpoint" in found.error.replace(str(path), "")  # that of before is whole
 
 
-def test_a_training_on_a_full_disk_ends_with_that_and_goes_on_later(tmp_path):
+@pytest.mark.parametrize("room, file", [(300_000, "model.pt"), (1_000_000, "checkpoint.pt")])
+def test_a_training_on_a_full_disk_ends_with_that_and_goes_on_later(room, file, tmp_path):
+    """`model.pt` has 0.5 MB here and is written first, `checkpoint.pt` has 1.5 MB."""
     data, output = labelled(tmp_path / "data"), tmp_path / "out"
     settings = {**tiny("train"), "epochs": 2}
-    found = in_child(on_a_full_disk, run, "train", data, output, room=300_000, **settings, seconds=90)
-    assert not found and "checkpoint.pt" in found.error and "unexpected pos" not in found.error, found.error
+    found = in_child(on_a_full_disk, run, "train", data, output, room=room, **settings, seconds=90)
+    assert not found and file in found.error and "unexpected pos" not in found.error, found.error
     run("train", data, output, **settings)
     assert not list(output.rglob("*.part"))
 

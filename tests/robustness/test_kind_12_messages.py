@@ -6,6 +6,7 @@ import shutil
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from odd_inputs import datalist, dicom_series, head, infer, inputs, nifti, outcome, pairs, refused, stand_in
@@ -179,6 +180,34 @@ def test_a_broken_header_says_which_field(header, tmp_path):
     nifti(tmp_path / "p1.nii", **header)
     text = refused(datalist, tmp_path, says=["p1.nii", (*header, "header", "shape", "size")])
     assert "Error)" not in text
+
+
+VALUES = {
+    "RescaleSlope": b"one ",
+    "RescaleIntercept": b"1e ",
+    "ImagePositionPatient": b"1\\2 ",
+    "ImageOrientationPatient": b"1\\0\\0\\0\\1\\x ",
+    "PixelSpacing": b"2 ",
+    "Rows": b"\1",
+    "Columns": b"\1\2\3",
+    "SamplesPerPixel": b"\1",
+}
+
+
+@pytest.mark.parametrize("keyword", VALUES)
+def test_a_value_of_a_dicom_header_that_is_no_number_is_named_and_not_quoted(keyword, tmp_path):
+    """Also where pydicom does not read its bytes."""
+    files = dicom_series(tmp_path / "s", only=range(8), PatientName="Zqx^Wvu")
+    for path in files:
+        ds = pydicom.dcmread(path)
+        tag, kind = pydicom.datadict.tag_for_keyword(keyword), pydicom.datadict.dictionary_VR(keyword)
+        value = VALUES[keyword] + b"\0" * (len(VALUES[keyword]) % 2 and kind == "DS")
+        ds._dict[pydicom.tag.Tag(tag)] = pydicom.dataelem.RawDataElement(
+            pydicom.tag.Tag(tag), kind, len(value), value, 0, False, True
+        )
+        ds.save_as(path)
+    text = refused(datalist, tmp_path / "s", says=keyword)
+    assert "Error)" not in text and "Exception)" not in text and "Zqx" not in text
 
 
 # --- lists

@@ -265,13 +265,17 @@ def _refuse_others(source: Iterable[str], own: Iterable[str], path: str | Path) 
         )
 
 
+def _kind(value: Tensor) -> tuple[bool, bool]:
+    return value.is_floating_point(), value.is_complex()
+
+
 def _check_numbers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises unless all tensors are dense and finite, and floating point where one's own are."""
     for name, value in tensors.items():
         kind = str(value.dtype).removeprefix("torch.")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             kind = "quantized" if value.is_quantized else "sparse" if not value.is_meta else "without numbers (meta)"
-        elif name not in own or value.is_floating_point() or not own[name].is_floating_point():
+        elif name not in own or _kind(value) == _kind(own[name]):
             continue
         raise ValueError(
             f"{path} holds no weights of this network: {_short(name)} is {kind}, and not dense floating point numbers; "
