@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from odd_inputs import (
+    accepted,
     datalist,
     dicom_series,
     head,
@@ -21,12 +22,14 @@ from odd_inputs import (
     load,
     nifti,
     pairs,
+    refused,
     run,
     stand_in,
     tiny,
     unblended,
 )
 
+from sspformer.compat import ResampleSpacingd
 from sspformer.engines import save_atomically
 
 HUGE = (1000, 1000, 2000)
@@ -111,6 +114,17 @@ def test_the_rest_of_a_batch_is_written_beside_a_file_that_claims_too_much(worke
     assert found, found.error
     assert found.value["good"]["status"] == "written" and found.value["big"]["status"] == "failed"
     assert "DefaultCPUAllocator" not in found.value["big"]["reason"] and found.grown < 1 << 30
+
+
+def test_the_scores_of_all_classes_count_as_memory(tmp_path, monkeypatch):
+    """18 channels of float32 at 2 mm: 104 bytes a voxel, and not 32; 90 were measured."""
+    path = nifti(tmp_path / "in" / "a.nii.gz", np.zeros((24, 22, 20), np.int16) + head().astype(np.int16))
+    image = {"image": load(path)}
+    monkeypatch.setattr("sspformer.geometry.free_memory", lambda: 24 * 22 * 20 * 60)
+    accepted(ResampleSpacingd("image", pixdim=(2, 2, 2)), image)
+    refused(ResampleSpacingd("image", pixdim=(2, 2, 2), class_names=["x"] * 17), image, says=["GB", "2 x 2 x 2 mm"])
+    table = infer(tmp_path / "in", tmp_path / "out", **stand_in(tmp_path), spacing=[1.0, 1.0, 1.0])
+    assert table["a"]["status"] == "failed" and "GB of memory" in table["a"]["reason"]
 
 
 def on_a_full_disk(function, *args, room, **kwargs):
