@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from odd_inputs import dicom_series, fails, head, infer, labelled, load, rows, run, stand_in, start, tiny, wait_for
+from odd_inputs import dicom_series, head, infer, labelled, load, rows, run, stand_in, start, tiny, wait_for
 
 N_SCANS = 6
 
@@ -59,7 +59,6 @@ def test_inference_that_writes_dicom(tmp_path):
         assert seg.pixel_array.sum() == np.asarray(nib.load(nifti_file).dataobj).sum()
 
 
-@fails("what a killed inference was writing stays", always=False)
 def test_what_a_killed_inference_was_writing_goes(tmp_path):
     data, out = labelled(tmp_path / "data") / "images", tmp_path / "out"
     options = {"roi_size": [24, 24, 24], **stand_in(tmp_path)}
@@ -126,7 +125,6 @@ def is_alive(pid: int) -> bool:
         return file.read().split(")")[-1].split()[0] != "Z"
 
 
-@fails("two runs train into one folder", always=False)
 def test_two_runs_that_start_at_once_in_one_folder(tmp_path):
     """One of them trains, as if it were alone; the other ends with the reason."""
     data, out = labelled(tmp_path / "data"), tmp_path / "out"
@@ -142,7 +140,6 @@ def test_two_runs_that_start_at_once_in_one_folder(tmp_path):
     assert rows(out, "history.csv") == rows(tmp_path / "alone", "history.csv")
 
 
-@fails("two processes write a batch into one folder", always=False)
 def test_two_batches_that_start_at_once_in_one_folder(tmp_path):
     """As a job that is queued twice: one writes all, the other ends with the reason; no output is half."""
     data, out = labelled(tmp_path / "data", N_SCANS) / "images", tmp_path / "out"

@@ -103,8 +103,9 @@ class CachedDataset(PersistentDataset):
             except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
                 warnings.warn(f"{file} cannot be read ({type(error).__name__}) and is made again", stacklevel=2)
         content = self._pre_transform(deepcopy(item_transformed))
-        with contextlib.suppress(PermissionError), replacing(file, shared=True) as part:  # a cache that is only read
-            torch.save(convert_to_tensor(content, convert_numeric=False, track_meta=self.track_meta), part)
+        kept = convert_to_tensor(content, convert_numeric=False, track_meta=self.track_meta)
+        with contextlib.suppress(PermissionError), replacing(file) as part, part.open("wb") as opened:  # only read
+            torch.save(kept, opened)
         return content
 
 

@@ -10,9 +10,10 @@ from .dicom_out import (
     segmentation_to_dicom,
 )
 from .errors import Unusable, by, check_size, reason_of, without_ones
-from .files import digest, output_path, replacing, stats, stem, write_atomically
+from .files import digest, output_path, replacing, sha256, stats, stem, write_atomically
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like
+from .ownership import leave_folder, own_folder
 from .tables import format_table, write_csv
 
 __all__ = [
@@ -31,7 +32,9 @@ __all__ = [
     "image_to_dicom",
     "import_highdicom",
     "is_series",
+    "leave_folder",
     "output_path",
+    "own_folder",
     "quiet_dicom",
     "read_dicom",
     "read_nifti",
@@ -40,6 +43,7 @@ __all__ = [
     "replacing",
     "save_like",
     "segmentation_to_dicom",
+    "sha256",
     "stats",
     "stem",
     "without_ones",
