@@ -165,6 +165,26 @@ def in_another_process(folder):
     return queue.get()
 
 
+def test_of_several_that_start_at_once_one_has_the_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue, barrier = context.SimpleQueue(), context.Barrier(4)
+    processes = [context.Process(target=_hold_and_try, args=(tmp_path, queue, barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    said = sorted(queue.get() for _ in processes)
+    for process in processes:
+        process.join()
+    winner = (tmp_path / ".lock").read_text().strip()
+    assert said[0] == "" and all(winner in text for text in said[1:])
+    assert winner.split()[1] in [str(process.pid) for process in processes]
+
+
+def _hold_and_try(folder, queue, barrier):
+    barrier.wait()
+    _try(folder, queue)
+    barrier.wait()  # until all have tried
+
+
 def test_a_process_locks_each_folder_once_and_leaves_it(tmp_path, monkeypatch):
     """Two runs into two folders are none of each other's business; a folder is one, however it is spelled."""
     monkeypatch.chdir(tmp_path)

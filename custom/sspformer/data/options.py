@@ -10,8 +10,6 @@ from pathlib import Path
 
 from ..options import flag, is_null
 
-__all__ = ["MIN_SIZE", "DatasetOptions"]
-
 MIN_SIZE = 2  # voxels along each side of any scan
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["check_settings", "check_sides"]
-
 
 def check_sides(crop_size: Sequence[int], spatial_dims: int) -> None:
     """Raise unless ``crop_size`` has ``spatial_dims`` sides."""

@@ -15,38 +15,3 @@ from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like
 from .ownership import leave_folder, own_folder
 from .tables import format_table, write_csv
-
-__all__ = [
-    "DicomStack",
-    "LoadScand",
-    "STRUCTURE_CODES",
-    "SaveImageDicomd",
-    "SaveLikeInputd",
-    "SaveSegmentationDicomd",
-    "Unusable",
-    "by",
-    "check_size",
-    "digest",
-    "files_of",
-    "format_table",
-    "image_to_dicom",
-    "import_highdicom",
-    "is_series",
-    "leave_folder",
-    "output_path",
-    "own_folder",
-    "quiet_dicom",
-    "read_dicom",
-    "read_nifti",
-    "read_stack",
-    "reason_of",
-    "replacing",
-    "save_like",
-    "segmentation_to_dicom",
-    "sha256",
-    "stats",
-    "stem",
-    "without_ones",
-    "write_atomically",
-    "write_csv",
-]
