@@ -14,7 +14,7 @@ import numpy as np
 import pydicom
 from tqdm.contrib.concurrent import thread_map
 
-from ..io.dicom_in import as_number, dicom_frames, element, hash_voxels, open_dicom, quiet_dicom, shown
+from ..io.dicom_in import as_number, dicom_frames, element, hash_voxels, header_text, open_dicom, quiet_dicom
 from ..io.errors import reason_of
 from ..io.files import digest, printable
 from .cache import CheckCache
@@ -39,8 +39,8 @@ def dicom_header(files: list[Path]) -> dict[str, str]:
         "patient": digest(element(ds, "PatientID")),
         "person": digest([str(element(ds, key) or "") for key in ("PatientID", "PatientName", "PatientBirthDate")]),
         "place": _place(ds),
-        "number": shown(ds, "SeriesNumber") or "x",
-        "modality": shown(ds, "Modality"),
+        "number": header_text(ds, "SeriesNumber") or "x",
+        "modality": header_text(ds, "Modality"),
         "image": "yes" if element(ds, "Rows") or element(ds, "SOPClassUID") in MR_STORAGE else "",
         "enhanced": "yes" if as_number(element(ds, "NumberOfFrames")) > 1 else "",
         "concatenation": digest(element(ds, "ConcatenationUID")),
