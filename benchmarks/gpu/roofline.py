@@ -6,7 +6,8 @@ Nothing is computed: the step runs on PyTorch's "meta" device, where tensors hav
 the network, at 96^3 with patches of 8 and 48^3 with patches of 4:
 
 - *operations*: of all matrix products and convolutions, forward and backward, as PyTorch counts them;
-- *eager bytes*: what all kernels read and write if none is fused, in bfloat16 (autocast keeps normalisations and sums in float32, so a real step moves more);
+- *eager bytes*: what all kernels read and write if none is fused, in bfloat16 (autocast keeps normalisations and sums
+  in float32, so a real step moves more);
 - *least bytes*: what the matrix products, convolutions and attention alone read and write: no fusion goes below it;
 - *bound*: the larger of operations over the card's TFLOP/s and least bytes over its GB/s, and the share of the card's
   TFLOP/s that a step of that length reaches; *eager bound*: the same with eager bytes.
