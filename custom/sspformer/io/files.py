@@ -11,18 +11,6 @@ import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = [
-    "digest",
-    "output_path",
-    "part_of",
-    "printable",
-    "replacing",
-    "sha256",
-    "stats",
-    "stem",
-    "write_atomically",
-]
-
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Path, size in bytes and modification time in ns of each file."""

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..options import is_null
 from ..saved import load_checked
 
-__all__ = ["load_pretrained", "load_weights", "read_weights"]
-
 logger = logging.getLogger("sspformer")
 
 #: parts of a tensor's name that come from wrappers: DistributedDataParallel and torch.compile
