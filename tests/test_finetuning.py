@@ -253,8 +253,11 @@ def test_two_processes_train_one_network_and_one_process_goes_on(pairs, encoder,
     network.load_state_dict(weights(output))  # without the wrapper's "module."
     network.load_state_dict(weights(output, "checkpoint.pt")["network"])
 
-    with caplog.at_level(logging.INFO):
+    with pytest.raises(Exception) as caught:
         train(output, pairs, **settings, **SEGMENTATION)
+    assert "batch_size: 4 then, 2 now" in str(caught.getrepr())  # another global batch is another run
+    with caplog.at_level(logging.INFO):
+        train(output, pairs, **{**settings, **SEGMENTATION, "batch_size": 4})
     assert "going on from" in caplog.text and [row["epoch"] for row in history(output)] == ["1", "2", "3", "4"]
 
 
