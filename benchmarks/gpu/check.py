@@ -48,7 +48,7 @@ def main() -> None:
         data = Path(folder) / "scans"
         data.mkdir()
         write_heads(data, (80, 80, 80), 4)
-        for name, (workflow, configs, options) in list(WORKFLOWS.items())[: 2 if args.smoke else None]:
+        for name, (workflow, configs, options) in list(WORKFLOWS.items())[: 1 if args.smoke else None]:
             model = BUNDLE / "models/model.pt"
             if time.monotonic() > end or (name == "inference" and not model.is_file()):
                 continue

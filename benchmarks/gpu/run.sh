@@ -13,6 +13,9 @@
 # never repeated: give the OUT of the last piece again. Run it in the folder into which the packs of
 # benchmarks/gpu/pack.py were unpacked, on a machine with PyTorch and a CUDA device; nothing is downloaded.
 # SMOKE=1 runs all of it with toy sizes on the CPU.
+#
+# In pieces of ten minutes: first check.tar and "run.sh OUT 9 check speed"; then study.tar and "run.sh OUT 9 study",
+# again and again, until it says that no run is left. pack.py says how both packs are made.
 set -euo pipefail
 out="${1:?usage: run.sh OUT MINUTES [check|speed|study|weights ...]}"
 minutes="${2:?usage: run.sh OUT MINUTES [check|speed|study|weights ...]}"
@@ -30,6 +33,7 @@ export PYTHONPATH="$root/custom:$root${PYTHONPATH:+:$PYTHONPATH}:$root/site"
 if [[ -d packed && ! -d data ]]; then
   python3 -m benchmarks.gpu.pack --unpack . --out data
 fi
+export TORCHINDUCTOR_CACHE_DIR="$root/compiled"  # a network is compiled once for all runs
 left() { echo $(((minutes * 60 - (SECONDS - start)) / 60)); }
 smoke=()
 [[ -z "${SMOKE:-}" ]] || smoke=(--smoke)

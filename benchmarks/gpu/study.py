@@ -15,8 +15,9 @@ subjects. Test subjects are not on the machine. Each seed has a pretraining of i
 5. *More labels*: 20 and 110 subjects, seeds 0 to 2, three arms.
 
 Pretraining: 1,500 steps of 48 crops of 64^3. Each finished run is a line of ``results.jsonl``: its name, settings, the
-Dice by step, steps to 95 % of its own best, and seconds. Encoders are kept in half precision. A run that does not fit
-into the minutes that are left, judged by the last of its kind, is left to the next piece.
+Dice by step, steps to 95 % of its own best, and seconds. Encoders are kept in half precision, five at most; one that is
+needed later is trained again. A run that does not fit into the minutes that are left, judged by the last of its kind,
+is left to the next piece.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ import torch
 
 from benchmarks.common import BUNDLE, facts
 
+#: files that may lie in OUT beside the tables
+ENCODERS = 5
 RATES = (0.0003, 0.0007, 0.0015, 0.003)
 
 
@@ -103,7 +106,13 @@ def queue(results: dict[str, dict]) -> list[Run]:
 
 def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> list[str]:
     """The bundle's own workflow with the settings of a run."""
-    options = {"dataset_dir": data / "brain.json", "output_dir": out, "seed": run.seed, "bundle_root": "."}
+    options = {
+        "cache_dir": data / "cache",
+        "dataset_dir": data / "brain.json",
+        "output_dir": out,
+        "seed": run.seed,
+        "bundle_root": ".",
+    }
     crop = run.options.get("crop_size", [16] * 3 if smoke else [64] * 3)
     subjects = 2 if smoke else run.options.get("data_options#max_subjects", 110)
     steps = 2 if smoke else run.steps
@@ -126,8 +135,8 @@ def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> lis
     }
     options["crops_per_scan"] = max(1, round(per_epoch * batch / scans))
     options |= {key: value for key, value in run.options.items() if key != "crop_size"}
-    if smoke and run.kind == "segment":
-        options["data_options#max_subjects"] = subjects
+    if smoke and run.kind == "segment":  # few windows of one scan
+        options |= {"data_options#max_subjects": subjects, "roi_size": [64] * 3, "validate#max_scans": 1}
     words = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", config]
     return [str(word) for word in words + [word for key, value in options.items() for word in (f"--{key}", value)]]
 
@@ -143,14 +152,23 @@ def outcome(run: Run, out: Path) -> dict:
     return {"best": best, "last": curve[-1][1], "to_95": next(n for n, d in curve if d >= 0.95 * best), "curve": curve}
 
 
+def keep_encoders(out: Path, todo: list[Run]) -> None:
+    """Delete encoders that no run needs any more, and beyond ``ENCODERS`` those that are needed last."""
+    needed = list(dict.fromkeys(run.encoder for run in todo if run.encoder))
+    for file in out.glob("pretrain_*.pt"):
+        if file.stem not in needed[:ENCODERS]:
+            file.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--runs", type=int, default=10**6, help="at most so many")
-    parser.add_argument("--smoke", action="store_true", help="two steps of each, on the CPU")
+    parser.add_argument("--runs", type=int, help="at most so many")
+    parser.add_argument("--smoke", action="store_true", help="two steps of the first two runs, on the CPU")
     args = parser.parse_args()
+    most = args.runs or (2 if args.smoke else 10**6)
     end = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     file, spent = args.out / "results.jsonl", {"pretrain": 60.0, "segment": 60.0}
@@ -159,9 +177,12 @@ def main() -> None:
     data = args.data.resolve()
     device, done = "cuda" if torch.cuda.is_available() else "cpu", 0
     while todo := [run for run in queue(results) if run.name not in results]:
+        keep_encoders(args.out, todo)
         run = todo[0]
+        if run.encoder and not (args.out / f"{run.encoder}.pt").is_file():  # of an earlier piece, and not kept
+            run = next(r for r in queue(results) if r.name == run.encoder)
         rate = spent[run.kind] * (run.steps / 1500 if run.kind == "segment" else 1)
-        if done >= args.runs or (time.monotonic() + rate > end and not args.smoke):
+        if done >= most or (time.monotonic() + rate > end and not args.smoke):
             break
         with tempfile.TemporaryDirectory() as folder:
             out, start = Path(folder) / "run", time.monotonic()
@@ -184,6 +205,8 @@ def main() -> None:
             lines.write(json.dumps(row) + "\n")
         print({key: row.get(key) for key in ("name", "seconds", "best", "to_95", "masked_error", "error")}, flush=True)
         done += 1
+    else:
+        print("no run is left")
 
 
 if __name__ == "__main__":
