@@ -56,7 +56,6 @@ KNOWN = {
         "bits": "issue 17.6: the zip's check sums are not compared",
         "unnamed": "issue 17.12: odd keys and values",
     },
-    "options": {"accepted": "issue 17.8: no schema", "unnamed": "issue 17.8: no schema"},
 }
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 from odd_inputs import (
     BUNDLE,
-    fails,
     infer,
     labelled,
     nifti,
@@ -149,7 +148,6 @@ REFUSED_ALREADY = {
 }
 
 
-@fails("options are checked where they are used, if at all")
 @pytest.mark.parametrize("kind", BAD)
 def test_options_out_of_range_or_of_another_type_are_refused_by_name_before_anything_else(kind, data, tmp_path):
     """All in one test, which says how many are accepted: `initialize` alone, so nothing is read or trained."""
@@ -159,7 +157,8 @@ def test_options_out_of_range_or_of_another_type_are_refused_by_name_before_anyt
         if name == "image_size":
             name = option_of(kind, name) or "crop_size"
         known = option_of(kind, name) or name  # one that is gone is unknown, and refused by its name as well
-        found = outcome(workflow, kind, data, tmp_path / "out", **{**settings, known: value})
+        folders = {"dataset_dir": data, "output_dir": tmp_path / "out"}
+        found = outcome(workflow, kind, **{**folders, **settings, known: value})
         if found or not found.named or name not in found.error:
             wrong.append(f"--{name} {value!r}: {'accepted' if found else f'{found.kind}: {found.error[:80]}'}")
     assert not wrong, f"{len(wrong)} of {len(BAD[kind])}:\n" + "\n".join(wrong)
@@ -217,7 +216,6 @@ MISSPELT = {
 }
 
 
-@fails("unknown options are ignored")
 @pytest.mark.parametrize(
     ("kind", "name", "meant"),
     [(kind, name, meant) for kind, names in MISSPELT.items() for name, meant in names.items() if meant],
@@ -226,7 +224,6 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one(kind, name, mea
     refused(workflow, kind, data, tmp_path / "out", **{name: 1}, says=[name, meant])
 
 
-@fails("unknown nested options are added without a word, or end in an error of Python's")
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -247,7 +244,6 @@ def test_entries_that_an_overlay_of_the_users_adds_are_no_misspelling(data, tmp_
 
 
 @pytest.mark.parametrize("option", ["dataset_dir", "output_dir"])
-@fails("a path that looks like a number is one")
 def test_paths_that_look_like_numbers_work(option, tmp_path, monkeypatch):
     """The command line makes numbers of them."""
     monkeypatch.chdir(tmp_path)
@@ -261,7 +257,6 @@ def test_paths_that_look_like_numbers_work(option, tmp_path, monkeypatch):
     assert list(tmp_path.rglob("a_seg.nii.gz"))
 
 
-@fails("the postfix may leave the folder")
 @pytest.mark.parametrize("postfix", ["../../evil", "x/../../../evil", "/tmp/evil"])
 def test_the_postfix_cannot_leave_the_folder(postfix, tmp_path):
     nifti(tmp_path / "a" / "in" / "s.nii.gz")
@@ -272,7 +267,7 @@ def test_the_postfix_cannot_leave_the_folder(postfix, tmp_path):
     assert not found and found.named and "output_postfix" in found.error and not written
 
 
-@pytest.mark.parametrize("postfix", [5, "v2", "seg.v2", pytest.param("", marks=fails("an empty postfix is no name"))])
+@pytest.mark.parametrize("postfix", [5, "v2", "seg.v2", ""])
 def test_other_postfixes_are_names(postfix, tmp_path):
     nifti(tmp_path / "in" / "s.nii.gz")
     found = outcome(infer, tmp_path / "in", tmp_path / "out", output_postfix=postfix, **stand_in(tmp_path))
@@ -282,7 +277,6 @@ def test_other_postfixes_are_names(postfix, tmp_path):
         assert (tmp_path / "out" / f"s_{postfix}.nii.gz").exists()
 
 
-@fails("all is no number")
 def test_all_none_and_null_mean_no_limit(data, tmp_path):
     for word in ("all", "none", "null", None):
         found = outcome(pairs, data, tmp_path / "out", max_subjects=word, val_fraction=0)
@@ -303,7 +297,7 @@ def test_all_none_and_null_mean_no_limit(data, tmp_path):
         ({"max_subjects": "some"}, "max_subjects"),
         ({"seed": "x"}, "seed"),
         ({"num_workers": "x"}, "num_workers"),
-        pytest.param({"num_workers": -5}, "num_workers", marks=fails("no bound")),
+        ({"num_workers": -5}, "num_workers"),
         ({"subject_pattern": "(("}, "subject_pattern"),
         ({"skip_unreadable": "perhaps"}, "skip_unreadable"),
         ({"classes": "2"}, "classes"),
@@ -314,7 +308,6 @@ def test_options_of_the_data_set_are_refused_by_name(options, says, data, tmp_pa
     refused(pairs, data, **options, says=says)
 
 
-@fails("the table of the docs is not made from a schema")
 def test_the_docs_list_every_option_of_a_schema():
     """One schema of name, type, range, default and one sentence; docs/options.md is made from it."""
     from sspformer import options
