@@ -17,7 +17,6 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
-from torch.nn.modules.loss import _Loss
 
 from ..options import SCHEMA
 
@@ -96,7 +95,12 @@ def _unknown_arguments(parser: ConfigParser) -> Iterator[str]:
         module = module[0] if isinstance(module, list) else module
         try:
             arguments = _arguments(locate(f"{module}.{target}" if module else target))
-        except (TypeError, ValueError, ErrorDuringImport):  # none there, or written in C: MONAI will say
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            ErrorDuringImport,
+        ):  # none there, or written in C: MONAI will say
             continue
         for key in component:
             if arguments and not key.startswith("_") and key not in arguments:
@@ -106,9 +110,9 @@ def _unknown_arguments(parser: ConfigParser) -> Iterator[str]:
 
 
 def _arguments(component: Any) -> set[str]:
-    """Names of a component's arguments; none if it takes any. Losses of ours pass others on to the class they extend."""
+    """Names of a component's arguments; none if it takes any. Our losses pass arguments on to what they extend."""
     names: set[str] = set()
-    for one in component.mro() if inspect.isclass(component) and issubclass(component, _Loss) else [component]:
+    for one in inspect.getmro(component) if component.__module__ == "sspformer.losses" else [component]:
         parameters = inspect.signature(one).parameters
         names |= parameters.keys()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
