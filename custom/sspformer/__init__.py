@@ -24,19 +24,3 @@ from . import (
     pictures,
     transforms,
 )
-
-__all__ = [
-    "compat",
-    "data",
-    "demo",
-    "engines",
-    "intensity",
-    "io",
-    "kspace",
-    "losses",
-    "metrics",
-    "networks",
-    "options",
-    "pictures",
-    "transforms",
-]

@@ -34,27 +34,3 @@ from .naming import is_label_path, subject_of
 from .options import DatasetOptions
 from .scan import Scan
 from .targets import TargetOptions, prepare_targets, prepare_test_targets, target_classes
-
-__all__ = [
-    "CachedDataset",
-    "DatasetOptions",
-    "DeviceLoader",
-    "LazyDatalist",
-    "Scan",
-    "ScanBuffer",
-    "TargetOptions",
-    "check_pairs",
-    "class_names",
-    "class_weights",
-    "file_hashing",
-    "find_inputs",
-    "is_label_path",
-    "prepare_datalist",
-    "prepare_pairs",
-    "prepare_targets",
-    "prepare_test_pairs",
-    "prepare_test_scans",
-    "prepare_test_targets",
-    "subject_of",
-    "target_classes",
-]

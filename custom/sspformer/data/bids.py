@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["left_out_of_bids"]
-
 DESCRIPTION = "dataset_description.json"
 IMAGES = ("sub-*/anat/sub-*_*.nii*", "sub-*/ses-*/anat/sub-*_*.nii*")  # below a folder without a description
 NOT_RAW = {"derivatives", "sourcedata", "code", "phenotype", "stimuli"}

@@ -18,8 +18,6 @@ from .labels import integer_ranges
 from .options import MIN_SIZE, DatasetOptions
 from .scan import Scan
 
-__all__ = ["check_dicom", "check_label", "check_nifti", "check_scans"]
-
 MAX_SHIFT = 0.1  # of the grids of an image and its label map against each other, in voxels
 
 

@@ -20,15 +20,6 @@ from .report import raise_if_unusable, report
 from .scan import Scan
 from .split import hold_out_test, keep_test, split_subjects
 
-__all__ = [
-    "LazyDatalist",
-    "check_pairs",
-    "prepare_datalist",
-    "prepare_pairs",
-    "prepare_test_pairs",
-    "prepare_test_scans",
-]
-
 
 def prepare_datalist(options: DatasetOptions) -> dict[str, list[dict]]:
     """The scans to train and to validate on, without those of the test split.

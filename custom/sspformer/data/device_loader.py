@@ -19,8 +19,6 @@ from tqdm import tqdm
 
 from ..transforms.crops import CropSampler, resample
 
-__all__ = ["DeviceLoader", "ScanBuffer"]
-
 logger = logging.getLogger("sspformer")
 
 #: where the scans lie while batches are drawn

@@ -20,8 +20,6 @@ from .options import DatasetOptions
 from .scan import Scan, path_within
 from .series import group_series, read_headers
 
-__all__ = ["Found", "find_pairs", "find_scans"]
-
 logger = logging.getLogger("sspformer")
 
 LABEL_MODALITIES = ("SEG", "RTSTRUCT")

@@ -18,8 +18,6 @@ from .options import MIN_SIZE, DatasetOptions
 from .report import MAX_NAMED, UNASKED
 from .scan import Scan
 
-__all__ = ["find_inputs"]
-
 logger = logging.getLogger("sspformer")
 
 

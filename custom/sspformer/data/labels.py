@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..io.load import LoadScand
 
-__all__ = ["class_names", "class_weights", "integer_ranges", "label_values"]
-
 MAX_VALUES = 10  # named in a message
 
 

@@ -12,19 +12,6 @@ from pathlib import Path
 from ..io.files import NIFTI_NAME, NIFTI_SUFFIX, stem, write_atomically
 from ..io.formats import no_file
 
-__all__ = [
-    "existing",
-    "has_lists",
-    "is_dicom",
-    "nifti_files",
-    "pair_folders",
-    "read_datalist",
-    "read_json",
-    "scan_files",
-    "walk",
-    "write_datalist",
-]
-
 SPLITS = ("training", "validation", "test")  # the lists of a datalist
 
 #: what MSD, nnU-Net, MONAI and Auto3DSeg call these lists; upper case is the same

@@ -11,8 +11,6 @@ from pathlib import PurePosixPath
 from ..io.files import digest, stem
 from .scan import Scan
 
-__all__ = ["assign_subjects", "is_label_path", "known_subject_of", "name_scans", "subject_of"]
-
 _LABEL = r"(?:labels?|label-?maps?|(?:brain)?masks?|segs?|segmentations?|dseg|probseg|aseg|aparc|annotations?|rois?|gt)"
 
 _LABEL_FOLDER = re.compile(rf"(?:.*[_\-. ])?(?:{_LABEL}|labels?(?:tr|ts|va|val))\d*|(?:labels?|masks?)[_\-. ].*", re.I)

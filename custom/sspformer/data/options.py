@@ -9,8 +9,6 @@ from pathlib import Path
 
 from ..options import NULL, PATH, SCHEMA, either, integer, is_null
 
-__all__ = ["MIN_SIZE", "DatasetOptions"]
-
 MIN_SIZE = 2  # voxels along each side of any scan
 
 

@@ -13,8 +13,6 @@ from .labels import integer_ranges
 from .options import DatasetOptions
 from .scan import Scan
 
-__all__ = ["raise_if_unusable", "report"]
-
 logger = logging.getLogger("sspformer")
 
 MAX_ROWS = 30  # of the printed table

@@ -9,8 +9,6 @@ from pathlib import Path, PurePosixPath
 
 from ..io.files import digest, printable, stats
 
-__all__ = ["Scan", "path_within"]
-
 
 @dataclass
 class Scan:

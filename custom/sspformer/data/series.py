@@ -19,8 +19,6 @@ from ..io.errors import reason_of
 from ..io.files import digest, printable
 from .cache import CheckCache
 
-__all__ = ["Series", "dicom_header", "group_series", "read_headers"]
-
 MR_STORAGE = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # MR images, enhanced ones
 MIN_JOINED = 3  # slices: the distance of two would always be even
 UNCLEAR = (

@@ -10,8 +10,6 @@ from .find import Found
 from .listing import SPLITS
 from .options import DatasetOptions
 
-__all__ = ["hold_out_test", "keep_test", "split_subjects"]
-
 logger = logging.getLogger("sspformer")
 
 

@@ -22,8 +22,6 @@ from .report import report
 from .scan import Scan
 from .split import hold_out_test, keep_test, split_subjects
 
-__all__ = ["TargetOptions", "prepare_targets", "prepare_test_targets", "target_classes"]
-
 logger = logging.getLogger("sspformer")
 
 MISSING = ("", "n/a", "na", "nan", "null")  # BIDS writes n/a

@@ -20,8 +20,6 @@ from torch import nn
 
 from ..options import SCHEMA
 
-__all__ = ["check_options", "check_settings", "check_sides"]
-
 ABSENT = object()
 
 

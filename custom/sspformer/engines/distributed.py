@@ -15,8 +15,6 @@ from .handlers import Progress
 from .history import History
 from .panels import Panel
 
-__all__ = ["join_processes", "local_device", "of_this_process"]
-
 #: one process writes for all
 WRITERS = (History, Panel, Progress, SaveBestModel, SaveCheckpoint, SaveEncoder)
 

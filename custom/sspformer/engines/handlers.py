@@ -16,8 +16,6 @@ from monai.handlers import ValidationHandler
 
 from .checkpoints import _every_and_last
 
-__all__ = ["FreezeEncoder", "GradientClipping", "Progress", "SeedEpoch", "Validation"]
-
 
 class SeedEpoch:
     """Seed all random sources at the start of each epoch, from the seed, the epoch and the rank of the process.

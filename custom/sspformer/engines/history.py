@@ -15,8 +15,6 @@ from ignite.engine import Engine, Events
 from ..io.tables import write_csv
 from ..pictures import curves
 
-__all__ = ["History"]
-
 logger = logging.getLogger("sspformer")
 
 

@@ -20,8 +20,6 @@ from ..io.load import files_of, is_series
 from ..io.tables import write_csv
 from ..options import flag
 
-__all__ = ["InferenceDataset", "InferenceEvaluator", "InferenceReport", "ResultWriter", "ScansFailed", "mark_done"]
-
 logger = logging.getLogger("sspformer")
 
 

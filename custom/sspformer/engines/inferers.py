@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ..options import flag
 
-__all__ = ["AutocastInferer", "AutocastSlidingWindowInferer", "fast_bfloat16"]
-
 
 def fast_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 is faster on this device: GPUs from Ampere on, CPUs with AVX-512 (by oneDNN's own test)."""

@@ -6,8 +6,6 @@ import torch
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
-__all__ = ["layer_decay_groups", "warmup_cosine", "weight_decay_groups"]
-
 
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_share: float = 0.05

@@ -19,8 +19,6 @@ from ..pictures import figure_to_array, reconstruction_panel, restoration_panel,
 from ..transforms.masking import MaskIndices
 from .report import names_of, samples_of
 
-__all__ = ["Panel", "ReconstructionPanel", "RestorationPanel", "SavePNGd", "SegmentationPanel"]
-
 logger = logging.getLogger("sspformer")
 
 

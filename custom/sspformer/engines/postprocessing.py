@@ -13,8 +13,6 @@ from ..networks.layers import gather_tokens, pad_to_patches, patchify, unpatchif
 from ..options import flag
 from ..transforms.masking import MaskIndices, patch_energy, voxel_mask
 
-__all__ = ["Reconstruct", "unpack_targets"]
-
 
 class Reconstruct:
     """Postprocessing of pretraining's validation, which adds to the engine's output:

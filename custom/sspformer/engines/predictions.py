@@ -21,15 +21,6 @@ from ..pictures import figure_to_array, prediction_figure
 from .inference import InferenceReport, ResultWriter
 from .report import names_of, samples_of, write_scores
 
-__all__ = [
-    "PredictionPanel",
-    "PredictionReport",
-    "PredictionTable",
-    "PrepareTargetBatch",
-    "SavePredictiond",
-    "standardize_head",
-]
-
 
 class PrepareTargetBatch(PrepareBatch):
     """MONAI's ``prepare_batch`` for whole scans: images ``(B, C, *S)`` and targets, classes ``(B,)`` or numbers

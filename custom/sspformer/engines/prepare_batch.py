@@ -15,8 +15,6 @@ from ..options import is_null
 from ..transforms.masking import MaskIndices
 from ..transforms.noise import NoiseSampler
 
-__all__ = ["PrepareBatchOnDevice", "PrepareDegradedBatch", "PrepareMaskedBatch"]
-
 
 class PrepareBatchOnDevice(PrepareBatch, Randomizable):
     """Base class: the images of a batch on the device, and a generator there.

@@ -17,8 +17,6 @@ from torch import Tensor
 from ..io.tables import format_table, write_csv
 from ..metrics import mean_of_finite, summarize
 
-__all__ = ["EvaluationReport", "names_of", "samples_of", "write_scores"]
-
 logger = logging.getLogger("sspformer")
 
 

@@ -13,8 +13,6 @@ from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
-__all__ = ["TrainStep"]
-
 logger = logging.getLogger("sspformer")
 
 

@@ -14,35 +14,3 @@ from .files import digest, output_path, replacing, stats, stem, write_atomically
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like
 from .tables import format_table, write_csv
-
-__all__ = [
-    "DicomStack",
-    "LoadScand",
-    "STRUCTURE_CODES",
-    "SaveImageDicomd",
-    "SaveLikeInputd",
-    "SaveSegmentationDicomd",
-    "Unusable",
-    "by",
-    "check_size",
-    "digest",
-    "files_of",
-    "format_table",
-    "image_to_dicom",
-    "import_highdicom",
-    "is_series",
-    "output_path",
-    "quiet_dicom",
-    "read_dicom",
-    "read_nifti",
-    "read_stack",
-    "reason_of",
-    "replacing",
-    "save_like",
-    "segmentation_to_dicom",
-    "stats",
-    "stem",
-    "without_ones",
-    "write_atomically",
-    "write_csv",
-]

@@ -21,8 +21,6 @@ from pydicom.uid import UID
 from .errors import Unusable, check_size
 from .nifti import check_grid
 
-__all__ = ["DicomStack", "dicom_frames", "hash_voxels", "quiet_dicom", "read_dicom", "read_stack", "shown"]
-
 DICOM_UNEVEN = 0.1  # largest deviation of a slice from its place in an even stack, as a fraction of the slice distance
 
 

@@ -31,15 +31,6 @@ from .errors import Unusable
 from .files import digest, replacing
 from .load import is_series
 
-__all__ = [
-    "STRUCTURE_CODES",
-    "SaveImageDicomd",
-    "SaveSegmentationDicomd",
-    "image_to_dicom",
-    "import_highdicom",
-    "segmentation_to_dicom",
-]
-
 logger = logging.getLogger("sspformer")
 
 PRODUCT, MODEL = "SSPFormer for MONAI", "sspformer_mri"

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 import nibabel as nib
 import numpy as np
 
-__all__ = ["Unusable", "by", "check_size", "reason_of", "without_ones"]
-
 
 class Unusable(ValueError):
     """A scan that cannot be used; the message is the reason, in words for the person who owns the scan."""

@@ -6,8 +6,6 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["foreign_content", "foreign_name", "no_file"]
-
 _MGH = "convert it with FreeSurfer: mri_convert x.mgz x.nii.gz"
 _SIMPLEITK = "convert it to NIfTI with SimpleITK or 3D Slicer"
 _MINC = "convert it with mnc2nii, or with nibabel"

@@ -18,8 +18,6 @@ from .errors import Unusable, reason_of
 from .files import printable
 from .nifti import read_nifti
 
-__all__ = ["LoadScand", "files_of", "is_series"]
-
 
 def is_series(image: str | os.PathLike | Sequence[str]) -> bool:
     """Whether an item's image is the list of a DICOM series' files, and not the path of one file."""

@@ -20,8 +20,6 @@ from .errors import Unusable, by, check_size, without_ones
 from .files import NIFTI_SUFFIX, output_path, replacing
 from .formats import foreign_content, no_file
 
-__all__ = ["SaveLikeInputd", "check_grid", "check_header", "check_intent", "open_nifti", "read_nifti", "save_like"]
-
 GZIP_RATIO = 1032  # deflate packs no more bytes into one
 UNITS = {1: ("metre", 1000.0), 3: ("micron", 0.001)}  # codes of xyzt_units, in mm; all others mean mm
 VECTOR_INTENTS = {1005: "symmetric matrices", 1006: "a displacement field", 1007: "vectors", 2003: "colours"}

@@ -11,8 +11,6 @@ from typing import Any
 
 from .files import write_atomically
 
-__all__ = ["format_table", "write_csv"]
-
 
 def write_csv(
     path: str | os.PathLike,

@@ -17,26 +17,3 @@ from .layers import (
 from .masked_autoencoder import MaskedAutoencoder
 from .pretrained import load_pretrained, load_weights, read_weights
 from .restorer import SSPFormerRestorer
-
-__all__ = [
-    "Attention",
-    "Block",
-    "Encoder",
-    "InstanceNorm",
-    "MaskedAutoencoder",
-    "RotaryPosition",
-    "SIZES",
-    "SSPFormerDense",
-    "SSPFormerEncoder",
-    "SSPFormerRestorer",
-    "ScanPredictor",
-    "gather_tokens",
-    "load_pretrained",
-    "load_weights",
-    "pad_to_patches",
-    "patchify",
-    "read_weights",
-    "resize_patch_embedding",
-    "token_grid",
-    "unpatchify",
-]

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from .encoder import Encoder
 
-__all__ = ["DenseNetwork", "halvings"]
-
 
 class DenseNetwork(nn.Module):
     """Encoder tokens for context, convolutions for detail, a decoder that doubles the grid until both have met.

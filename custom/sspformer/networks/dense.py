@@ -12,8 +12,6 @@ from .decoder import DenseNetwork, halvings
 from .encoder import Encoder
 from .layers import convolution, crop_to, pad_to_patches
 
-__all__ = ["SSPFormerDense"]
-
 
 class SSPFormerDense(DenseNetwork):
     """Encoder and light decoder for segmentation: a normalised convolution fuses the tokens with detail beside them.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from .layers import Block, RotaryPosition, gather_tokens, pad_to_patches, patchify, select_positions, token_grid
 
-__all__ = ["SIZES", "Encoder", "SSPFormerEncoder", "resize_patch_embedding"]
-
 
 class Encoder(Protocol):
     """What the networks ask of an encoder, a ``torch.nn.Module``; MONAI's ``ViT`` needs an adapter of 30 lines.

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from .encoder import Encoder
 from .layers import pad_to_patches
 
-__all__ = ["ScanPredictor"]
-
 
 class ScanPredictor(nn.Module):
     """An encoder and a linear layer: scores of classes, or numbers, for a whole scan.

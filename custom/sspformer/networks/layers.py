@@ -16,22 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Attention",
-    "Block",
-    "InstanceNorm",
-    "RotaryPosition",
-    "convolution",
-    "crop_to",
-    "fold",
-    "gather_tokens",
-    "pad_to_patches",
-    "patchify",
-    "token_grid",
-    "unfold",
-    "unpatchify",
-]
-
 
 def token_grid(image_size: list[int], patch_size: list[int]) -> list[int]:
     """Tokens along each side of an image, the last one perhaps padded: ``ceil(S / patch_size)``."""

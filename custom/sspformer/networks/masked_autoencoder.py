@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .encoder import SIZES, Encoder, init_weights
 from .layers import Block, RotaryPosition, select_positions
 
-__all__ = ["MaskedAutoencoder"]
-
 
 class MaskedAutoencoder(nn.Module):
     """Encode the visible patches of a noisy image, predict the masked patches of the clean one (docs/method.md).

@@ -16,8 +16,6 @@ from .decoder import DenseNetwork, halvings
 from .encoder import Encoder
 from .layers import convolution, crop_to, fold, pad_to_patches, unfold
 
-__all__ = ["SSPFormerRestorer"]
-
 
 class SSPFormerRestorer(DenseNetwork):
     """Encoder and decoder that add a residual to the image.

@@ -19,15 +19,6 @@ from torch import Tensor
 from .noise import NoiseSampler, checked_range
 from .resolution import ResolutionSampler, reduce_resolution
 
-__all__ = [
-    "BatchedBiasField",
-    "BatchedContrast",
-    "BatchedDownsampling",
-    "BatchedNoise",
-    "BatchedResolution",
-    "BatchedSkullStrip",
-]
-
 
 def _chosen(prob: float, image: Tensor, generator: torch.Generator | None) -> Tensor:
     """Which samples of a batch ``(B, ...)`` are changed, bool, to broadcast over them."""

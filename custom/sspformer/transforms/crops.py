@@ -14,8 +14,6 @@ import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
-__all__ = ["CropSampler", "crop_range", "resample"]
-
 
 def resample(
     voxels: Tensor,

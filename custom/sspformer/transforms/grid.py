@@ -14,8 +14,6 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
-__all__ = ["InvertArgmaxd", "KeepOnlyAffined", "argmax_on_grid"]
-
 
 class KeepOnlyAffined(MapTransform):
     """Drop all metadata of MetaTensors but the affine; a cache file then loads with ``weights_only``."""

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ..intensity import inner_fill, noise_level
 
-__all__ = ["BlendByNoiseLeveld", "ScaleByPercentilesd"]
-
 
 class ScaleByPercentilesd(MapTransform, InvertibleTransform):
     """Bring the intensities of images to one scale, by percentiles of their values.

@@ -24,18 +24,6 @@ from .. import kspace
 from ..options import flag
 from .seeded import SeededTransform, SeededTransformd
 
-__all__ = [
-    "InverseFrequencyMask",
-    "MaskIndices",
-    "RandInverseFrequencyMask",
-    "RandInverseFrequencyMaskd",
-    "draw_mask",
-    "high_frequency_map",
-    "inverse_frequency_mask",
-    "patch_energy",
-    "voxel_mask",
-]
-
 
 class MaskIndices(NamedTuple):
     """Which tokens are visible and which are masked; every token is in exactly one of the two, in ascending order.

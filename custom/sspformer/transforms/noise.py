@@ -19,15 +19,6 @@ from .. import kspace
 from ..options import flag
 from .seeded import SeededTransform, SeededTransformd
 
-__all__ = [
-    "NoiseSampler",
-    "PhysiologicalMotion",
-    "RandFrequencyWeightedNoise",
-    "RandFrequencyWeightedNoised",
-    "frequency_weighted_noise",
-    "noise_weight",
-]
-
 
 @dataclass
 class PhysiologicalMotion:

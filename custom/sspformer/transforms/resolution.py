@@ -30,17 +30,6 @@ from ..options import is_null
 from .noise import checked_range
 from .seeded import SeededTransform, SeededTransformd
 
-__all__ = [
-    "DataConsistencyd",
-    "FourierResampled",
-    "RandDownsampledCrop",
-    "RandDownsampledCropd",
-    "RandReducedResolution",
-    "RandReducedResolutiond",
-    "ResolutionSampler",
-    "reduce_resolution",
-]
-
 
 class ResolutionSampler:
     """Draws factors for each sample of a batch, and applies :func:`reduce_resolution`.

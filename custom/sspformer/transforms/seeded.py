@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .. import kspace
 
-__all__ = ["SeededTransform", "SeededTransformd"]
-
 
 class SeededTransform(RandomizableTransform):
     """Array transform of one image ``(C, *S)``; subclasses implement :meth:`apply`.

@@ -10,8 +10,6 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 from torch import Tensor
 
-__all__ = ["RandSkullStripd"]
-
 
 class RandSkullStripd(RandomizableTransform, MapTransform):
     """Set an image to 0 outside its labelled structures and a margin around them.
