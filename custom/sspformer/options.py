@@ -195,7 +195,7 @@ def _read_component(value: Any) -> Any:
 NAMES = Takes("a list of names", _read_names)
 SUFFIXES = Takes("`all` or BIDS suffixes", _read_suffixes)
 DEVICE = Takes("`cpu`, or a device that PyTorch finds, such as `cuda` or `cuda:1`", _read_device)
-COMPONENT = Takes("a component: `_target_` and its arguments", _read_component)
+COMPONENT = Takes("parts of its own, set with `#`", _read_component)
 SHARE = _number("[0, 1]")
 PER_AXIS = _list(_number("(0, inf)"), 3)
 SIDES = integer("[1, 4096]")
@@ -250,7 +250,10 @@ SCHEMA: dict[str, Option] = {
                 integer("[0, 4294967295]"),
                 "of the split, the weights and all random draws; on the CPU, the same seed gives the same weights",
             ),
-            "epochs": (integer("[1, inf)"), "passes over the data; the schedules span all of them"),
+            "epochs": (
+                integer("[1, inf)"),
+                "passes over the data; the schedules of learning rate and masks span all of them",
+            ),
             "crops_per_scan": (integer("[1, inf)"), "crops of every training scan in an epoch"),
             "batch_size": (integer("[1, inf)"), "crops in a step"),
             "learning_rate": (
