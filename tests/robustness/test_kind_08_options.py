@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from monai.bundle import ConfigParser
 from odd_inputs import (
     BUNDLE,
+    CONFIGS,
     infer,
     labelled,
     nifti,
@@ -17,6 +19,8 @@ from odd_inputs import (
     tiny,
     workflow,
 )
+
+from sspformer.engines import check_options
 
 NAN = float("nan")
 
@@ -234,6 +238,89 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one(kind, name, mea
 )
 def test_an_unknown_part_of_an_option_is_refused_by_name(kind, name, data, tmp_path):
     refused(workflow, kind, data, tmp_path / "out", **{name: 1}, says=name.split("#")[-1])
+
+
+def checked(*names, argv=(), **overrides):
+    """The config of a command, checked; `names` may be paths."""
+    files = [str(CONFIGS / f"{name}.json") if isinstance(name, str) else str(name) for name in names]
+    parser = ConfigParser()
+    parser.read_config(files)
+    parser.update(overrides)
+    parser.parse()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", list(argv))
+        check_options(parser, files)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("names", "override"),
+    [
+        (["inference"], {"epochs": 5}),
+        (["inference", "hippocampus"], {"batch_size": 3}),  # the overlay sets 8 for training
+        (["train"], {"overwrite": True}),
+        (["pretrain"], {"roi_size": [32, 32, 32]}),
+        (["train", "evaluate"], {"validate#max_scans": 3}),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_workflow_is_refused(names, override):
+    refused(checked, *names, **override, says=[*override, str(*override.values())])
+
+
+@pytest.mark.parametrize(
+    ("names", "override"),
+    [
+        (["train"], {"validate#max_scan": 3}),
+        (["train"], {"data_options#skip_unreadble": True}),
+        (["pretrain"], {"lr_scheduler#warmup": 0.1}),
+        (["inference"], {"inferer#overlapp": 0.1}),
+        (["inference"], {"datset_dir": "scans"}),
+    ],
+    ids=str,
+)
+def test_neighbours_of_misspelt_options(names, override):
+    refused(checked, *names, **override, says=[*override, "did you mean"])
+
+
+def test_a_wrong_option_writes_nothing(data, tmp_path):
+    refused(workflow, "pretrain", data, tmp_path / "out", epochs=0, says=["--epochs", "not 0", "at least 1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_advanced_users_and_clients_pass_is_known():
+    """MONAI's tracking, MONAI Label's BundleTrainTask, the properties of MonaiAlgo, and parts of components."""
+    checked("train", run_name="mine", experiment_name="e", tracking_uri="http://host", **{"encoder#size": "small"})
+    items = [{"image": "a.nii.gz", "label": "b.nii.gz"}]
+    lists = {"train#dataset#data": items, "validate#dataset#data": items, "train#trainer#max_epochs": 3}
+    loader = {"_target_": "CheckpointLoader", "load_path": "model.pt", "load_dict": {"model": "$@network"}}
+    checked("train", device="cpu", **lists, **{"train#handlers": [{**loader, "strict": False}]})
+    checked("pretrain", **{"train#trainer#max_epochs": 3, "encoder#dim": 48, "save_execute_config": False})
+    checked("inference", **{"dataset#data": [{"image": "a.nii.gz"}], "handlers": [], "_note": "mine"})
+
+
+def test_an_overlay_of_the_users_may_set_options_of_training_in_inference(tmp_path):
+    overlay = tmp_path / "mine.json"
+    overlay.write_text(json.dumps({"epochs": 40, "batch_size": 8, "class_names": ["ball"]}))
+    checked("inference", overlay)
+    overlay.write_text(json.dumps({"epoch": 40}))
+    refused(checked, "train", overlay, says=["epoch", "epochs"])
+
+
+def test_words_and_numbers_become_what_the_config_uses():
+    words = {"resume": "no", "pretrained": "none", "epochs": 3.0, "data_options#max_subjects": "all", "output_dir": 7}
+    parser = checked("train", **words)
+    assert {name: parser[name] for name in words} == {
+        **{"resume": False, "pretrained": None, "epochs": 3, "data_options#max_subjects": None, "output_dir": "7"}
+    }
+    assert parser.get_parsed_content("cache_dir") == "7/cache" and isinstance(parser["epochs"], int)
+    typed = checked("inference", output_dir=1000, argv=["monai.bundle", "run", "--output_dir", "1_000"])
+    assert typed["output_dir"] == "1_000"  # what MONAI's command line reads as 1000
+    assert checked("inference", output_postfix=0, argv=["--output_postfix=00"])["output_postfix"] == "00"
+
+
+def test_an_encoder_of_the_users_may_call_its_own_arguments_so():
+    checked("train", encoder={"_target_": "my_encoder.MyEncoder", "patch_size": 8, "size": 12})
 
 
 def test_entries_that_an_overlay_of_the_users_adds_are_no_misspelling(data, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 import operator
 import os
 import re
@@ -108,9 +109,10 @@ def _unknown_arguments(parser: ConfigParser) -> Iterator[str]:
 
 
 def _arguments(component: Any) -> set[str]:
-    """Names of a component's arguments; none if it takes any. Our losses pass arguments on to what they extend."""
+    """Names of a component's arguments; none if it takes any."""
     names: set[str] = set()
-    for one in inspect.getmro(component) if component.__module__ == "sspformer.losses" else [component]:
+    extends = component.__module__ in ("sspformer.losses", "sspformer.engines.inferers")  # and passes arguments on
+    for one in inspect.getmro(component) if extends else [component]:
         parameters = inspect.signature(one).parameters
         names |= parameters.keys()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -173,7 +175,7 @@ def _is_of_another_package(parser: ConfigParser, name: str) -> bool:
 
 def _as_typed(name: str, value: Any) -> Any:
     """A number as the command line has it: 1_000, 1e3 and 00 are folders, too."""
-    for word, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*sys.argv, ""]):
         key, equals, typed = word.partition("=")
         if key == f"--{name}" and isinstance(value, Real):
             try:
