@@ -30,6 +30,8 @@ def test_documentation_names_the_checksum_of_every_file():
         for file in files
     }
     assert named == sums
+    shipped = (ROOT / "bundle" / "models" / "SHA256SUMS").read_text().split()
+    assert dict(zip(shipped[1::2], shipped[::2])) == {name.removeprefix("models/"): sha for name, sha in sums.items()}
 
 
 def test_the_default_inference_segments_the_mni152_brain_as_published(tmp_path):

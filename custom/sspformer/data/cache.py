@@ -12,16 +12,15 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from monai.data import PersistentDataset
 from monai.data.utils import pickle_hashing
 from monai.utils import convert_to_tensor
 
-from ..io.files import digest, replacing, stats, write_atomically
+from ..io.files import digest, stats, write_atomically
 from ..io.load import files_of
+from ..saved import load_checked, save_atomically
 
 __all__ = ["CachedDataset", "CheckCache", "file_hashing"]
 
@@ -34,8 +33,8 @@ SAVE_EVERY = 30.0  # seconds
 class CheckCache:
     """Results of the check in ``scan_check.json``, by path, size and time of the files and by what was asked.
 
-    Only usable results are kept. Threads may share a cache. It saves when its context ends, also when the run is
-    stopped, and every now and then, for a run that is killed.
+    Only usable results are kept, each with a check sum. Threads may share a cache. It saves when its context ends, also
+    when the run is stopped, and every now and then, for a run that is killed.
 
     Args:
         output_dir: the folder of the file. None: nothing is kept.
@@ -47,15 +46,18 @@ class CheckCache:
         self._lock, self._saved = threading.Lock(), time.monotonic()
         try:
             stored = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
-            self._old = stored if isinstance(stored, dict) else {}
-        except (OSError, ValueError):
-            logger.warning(f"The cache {self.file} is corrupt and is ignored: every scan is read again.")
+            entries = {name.partition("-")[0]: (name, result) for name, result in stored.items()}
+            self._old = {key: result for key, (name, result) in entries.items() if name == _name(key, result)}
+            damaged = len(self._old) < len(stored)
+        except (AttributeError, OSError, ValueError):
+            damaged = True
+        if damaged:
+            logger.warning(f"The cache {self.file} is corrupt: what does not agree with its check sum is read again.")
 
     def get(self, function: Callable[..., dict], files: list[Path], *args) -> dict:
         """`function(files, *args)`, from the cache if no file has changed."""
         key = digest([function.__name__, CHECK_VERSION, stats(files), args])
-        result = self._old.get(key)
-        self._new[key] = result if isinstance(result, dict) else function(files, *args)
+        self._new[key] = self._old[key] if key in self._old else function(files, *args)
         with self._lock:
             if time.monotonic() - self._saved >= SAVE_EVERY:
                 self._save(self._old | self._new)
@@ -63,7 +65,7 @@ class CheckCache:
 
     def _save(self, results: dict[str, dict]) -> None:
         if self.file:
-            write_atomically(self.file, json.dumps(results))
+            write_atomically(self.file, json.dumps({_name(key, result): result for key, result in results.items()}))
         self._saved = time.monotonic()
 
     def __enter__(self) -> CheckCache:
@@ -74,12 +76,17 @@ class CheckCache:
             self._save(self._old | self._new if stopped else self._new)  # what nobody asked for is outdated
 
 
+def _name(key: str, result: object) -> str:
+    """Under which a result is kept: what it is of, and its check sum."""
+    return f"{key}-{digest(json.dumps(result))}"
+
+
 class CachedDataset(PersistentDataset):
     """MONAI's ``PersistentDataset`` for several processes that write and read its files at the same time.
 
     MONAI moves each file from the system's temporary folder. On another file system that is a copy, and a kill or a
-    second reader meets half of it. Here a file is written beside its place and renamed. One that cannot be read is made
-    again, while MONAI knows only one of the errors that half a file raises.
+    second reader meets half of it. Here a file is written beside its place and renamed. One that is damaged, or of
+    another item, is made again, while MONAI knows only one of the errors that half a file raises.
 
     Its name is a hash of the item (:func:`file_hashing`) and of the transforms. The affine is kept.
 
@@ -99,12 +106,17 @@ class CachedDataset(PersistentDataset):
         file = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
         if file.is_file():
             try:
-                return torch.load(file, weights_only=self.weights_only)
-            except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
-                warnings.warn(f"{file} cannot be read ({type(error).__name__}) and is made again", stacklevel=2)
+                stored = load_checked(file, "it is made again")
+                if isinstance(stored, dict) and stored.get("of") == file.stem:
+                    return stored["content"]
+                problem = f"{file} is not of this item: it is made again."
+            except ValueError as error:
+                problem = str(error)
+            warnings.warn(problem, stacklevel=2)
         content = self._pre_transform(deepcopy(item_transformed))
-        with contextlib.suppress(PermissionError), replacing(file, shared=True) as part:  # a cache that is only read
-            torch.save(convert_to_tensor(content, convert_numeric=False, track_meta=self.track_meta), part)
+        kept = convert_to_tensor(content, convert_numeric=False, track_meta=self.track_meta)
+        with contextlib.suppress(PermissionError):  # a cache that is only read
+            save_atomically({"of": file.stem, "content": kept}, file, shared=True)
         return content
 
 

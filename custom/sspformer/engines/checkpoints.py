@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
-from monai.handlers import CheckpointLoader
+from ignite.handlers import Checkpoint
 from monai.transforms import Transform
 
-from ..io.files import replacing
 from ..networks.pretrained import load_weights
 from ..options import flag, is_null
+from ..saved import load_checked, save_atomically
 
 __all__ = [
     "LoadCheckpoint",
@@ -34,18 +34,13 @@ __all__ = [
 logger = logging.getLogger("sspformer")
 
 
-def save_atomically(content: Any, path: str | os.PathLike) -> None:
-    """``torch.save``: a kill leaves the old file or the new one, never half of one."""
-    with replacing(path) as part:
-        torch.save(content, part)
-
-
 #: the file in an output folder from which an interrupted training goes on
 CHECKPOINT = "models/checkpoint.pt"
 
 
-class LoadCheckpoint(CheckpointLoader):
-    """Let an interrupted training go on: MONAI's ``CheckpointLoader``, which here restores epoch and iteration as well.
+class LoadCheckpoint:
+    """Let an interrupted training go on: like MONAI's ``CheckpointLoader``, but epoch and iteration are restored as
+    well, and a damaged checkpoint is refused.
 
     Without a checkpoint in the output folder it does nothing.
 
@@ -74,15 +69,21 @@ class LoadCheckpoint(CheckpointLoader):
             **settings,
         }
         self.found = find_checkpoint(str(Path(output_dir, CHECKPOINT)), flag(resume), settings)
-        super().__init__(self.found or "", dict(load_dict), map_location=map_location)
+        self.load_dict, self.map_location = load_dict, map_location
 
     def attach(self, engine: Engine) -> None:
         if self.found:
-            super().attach(engine)
+            engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        self.load_dict = {**self.load_dict, "trainer": engine}
-        super().__call__(engine)
+        fix = "pass --resume false to start afresh"
+        checkpoint = load_checked(self.found, fix, self.map_location)
+        max_epochs = engine.state.max_epochs
+        try:
+            Checkpoint.load_objects({**self.load_dict, "trainer": engine}, checkpoint)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.found} is damaged or of another run ({error}): {fix}.") from error
+        engine.state.max_epochs = max_epochs
         if engine.state.epoch >= engine.state.max_epochs:
             logger.info(f"this run is complete: {engine.state.epoch} of {engine.state.max_epochs} epochs are done")
 

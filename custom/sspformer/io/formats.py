@@ -14,18 +14,23 @@ _PHILIPS = "convert it with parrec2nii or dcm2niix"
 _AFNI = "convert it with AFNI: 3dAFNItoNIFTI"
 _UNPACK = "unpack it first"
 
-#: how a file begins, in lower case
-BEGINNINGS = {
-    b"\x1f\x8b": "compressed by gzip: gunzip it, or name it .nii.gz if it is a NIfTI file",
+#: how a file of any kind begins that must be unpacked or fetched first, in lower case
+UNFINISHED = {
     b"bzh": f"compressed by bzip2: {_UNPACK}",
     b"\x28\xb5\x2f\xfd": f"compressed by zstandard (zst): {_UNPACK}",
     b"\xfd7zxz\0": f"compressed by xz: {_UNPACK}",
     b"7z\xbc\xaf": f"a 7z archive: {_UNPACK}",
-    b"pk\x03\x04": f"a zip archive: {_UNPACK}",
     b"<!doctype": "a web page (HTML), as a failed download leaves: download it again",
     b"<html": "a web page (HTML), as a failed download leaves: download it again",
     b"version https://git-lfs": "a Git LFS pointer without the file: git lfs pull",
     b"/annex/objects": "a git-annex pointer without the file: datalad get, or git annex get",
+}
+
+#: how a file begins that is no NIfTI, in lower case
+BEGINNINGS = {
+    **UNFINISHED,
+    b"\x1f\x8b": "compressed by gzip: gunzip it, or name it .nii.gz if it is a NIfTI file",
+    b"pk\x03\x04": f"a zip archive: {_UNPACK}",
     b"nrrd000": f"an NRRD file: {_SIMPLEITK}",
     b"objecttype": f"a MetaImage: {_SIMPLEITK}",
     b"\0\0\0\1\0\0": f"an MGH volume: {_MGH}",  # version 1, and a width of less than 65,536

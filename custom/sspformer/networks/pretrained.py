@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..options import is_null
+from ..saved import load_checked
 
 __all__ = ["load_pretrained", "load_weights", "read_weights"]
 
@@ -21,6 +22,9 @@ WRAPPERS = ("module", "_orig_mod")
 
 #: where checkpoints keep the weights: ours, Lightning's and many others'
 PLACES = ("network", "state_dict", "model")
+
+#: the weights that ship, in their folder
+SHIPPED = "SHA256SUMS"
 
 
 def read_weights(path: str | Path, fix: str) -> dict[str, Tensor]:
@@ -37,18 +41,26 @@ def read_weights(path: str | Path, fix: str) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}: {fix}.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here: pickle's, zip's, RuntimeError, EOFError
-        raise ValueError(
-            f"{path} is damaged or holds more than weights ({type(error).__name__}): copy it again, or write it with "
-            "torch.save(network.state_dict(), path)."
-        ) from error
+    _warn_unless_shipped(Path(path))
+    content = load_checked(path, "copy it again, or write it with torch.save(network.state_dict(), path)")
     if isinstance(content, dict):
         content = next((content[place] for place in PLACES if isinstance(content.get(place), dict)), content)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: write it with torch.save(network.state_dict(), path).")
     return {_unwrapped(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _warn_unless_shipped(path: Path) -> None:
+    """Says so if a file has the name of one that ships and other contents, as after a fine-tuning in MONAI Label."""
+    for folder in path.parents[:2]:
+        if (folder / SHIPPED).is_file():
+            sums = {name: total for total, name in map(str.split, (folder / SHIPPED).read_text().splitlines())}
+            expected = sums.get(path.relative_to(folder).as_posix())
+            if expected not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+                logger.warning(
+                    f"{path} is not the file of this name that ships (its SHA-256 is another): the published figures "
+                    "do not hold for it."
+                )
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
