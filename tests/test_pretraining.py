@@ -105,8 +105,9 @@ def test_a_perfect_prediction_reconstructs_the_image_also_with_normalised_target
     _, target, _, _ = prepare()(batch(), "cpu")
     network = toy()
     true = gather_tokens(patchify(target["image"], (4, 4, 4)), target["mask"])
-    plain = Reconstruct(network)({"label": target, "pred": true})
-    torch.testing.assert_close(plain["reconstruction"], target["image"])
+    for word in (False, "false"):  # as a command line gives it
+        plain = Reconstruct(network, normalize_target=word)({"label": target, "pred": true})
+        torch.testing.assert_close(plain["reconstruction"], target["image"])
     mean, std = true.mean(-1, keepdim=True), (true.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
     normalised = Reconstruct(network, normalize_target=True)({"label": target, "pred": (true - mean) / std})
     torch.testing.assert_close(normalised["reconstruction"], target["image"])

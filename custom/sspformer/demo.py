@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from monai.networks.layers import GaussianFilter
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from scipy.spatial.transform import Rotation
 
 from .io.dicom_out import decimal_strings
 
@@ -223,10 +224,8 @@ def _scan_grid(protocol: Protocol) -> tuple[np.ndarray, tuple[int, ...]]:
     shape = tuple(math.ceil(FIELD_OF_VIEW[axis] / s) for (axis, _), s in zip(ornt, protocol.spacing, strict=True))
     directions = np.zeros((3, 3))
     directions[ornt[:, 0], range(3)] = ornt[:, 1]
-    affine = np.eye(4)
-    affine[:3, :3] = _rotation((protocol.tilt, 0, 0)) @ directions * protocol.spacing
-    affine[:3, 3] = CENTRE - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    return affine, shape
+    axes = _rotation((protocol.tilt, 0, 0)) @ directions * protocol.spacing
+    return nib.affines.from_matvec(axes, CENTRE - axes @ ((np.array(shape) - 1) / 2)), shape
 
 
 def _scan(
@@ -234,9 +233,10 @@ def _scan(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Makes the template into one subject and scans it: magnitude image int16 and tissue map uint8, (X, Y, Z)."""
     t1, tissue, template_affine = template
-    # The shape of this subject: an affine about the brain's centre, then a smooth displacement of some millimetres.
+    # The shape of this subject: an affine map about the brain's centre, then a smooth displacement of some millimetres.
     shape_change = _rotation(rng.uniform(-6, 6, 3)) * rng.uniform(0.94, 1.06, 3)
-    to_template = np.linalg.inv(template_affine) @ _about(CENTRE, shape_change, rng.uniform(-3, 3, 3)) @ affine
+    move = nib.affines.from_matvec(shape_change, CENTRE - shape_change @ CENTRE + rng.uniform(-3, 3, 3))
+    to_template = np.linalg.inv(template_affine) @ move @ affine
     displacement = 2 * torch.cat([_smooth_field(t1.shape, 20, rng) for _ in range(3)], dim=1)
     bias = torch.exp(rng.uniform(0.08, 0.18) * _smooth_field(t1.shape, 50, rng))
     brightness = torch.from_numpy(_contrast_curve(protocol)[t1])[None, None]
@@ -272,21 +272,7 @@ def _contrast_curve(protocol: Protocol) -> np.ndarray:
 
 def _rotation(degrees) -> np.ndarray:
     """The matrix (3, 3) that rotates by angles in degrees about the first, then the second, then the third axis."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(np.deg2rad(degrees)):
-        i, j = (axis + 1) % 3, (axis + 2) % 3
-        turn = np.eye(3)
-        turn[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-        matrix = turn @ matrix
-    return matrix
-
-
-def _about(centre, linear: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """The affine (4, 4) that applies ``linear`` (3, 3) about ``centre`` and then shifts, in mm."""
-    affine = np.eye(4)
-    affine[:3, :3] = linear
-    affine[:3, 3] = centre - linear @ centre + shift
-    return affine
+    return Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
 
 
 def _smooth_field(shape: tuple[int, ...], smoothness: float, rng: np.random.Generator) -> torch.Tensor:
@@ -347,18 +333,12 @@ def _write_dicom(folder: Path, name: str, image: np.ndarray, affine: np.ndarray,
 
     folder.mkdir(parents=True)
     for k in range(image.shape[2]):
-        sop_uid = _uid(name, seed, "slice", k)
-        meta = FileMetaDataset()
-        meta.FileMetaInformationVersion = b"\x00\x01"
-        meta.MediaStorageSOPClassUID = MRImageStorage
-        meta.MediaStorageSOPInstanceUID = sop_uid
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        meta.ImplementationClassUID = _uid("implementation")
-
         ds = Dataset()
-        ds.file_meta = meta
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.file_meta.ImplementationClassUID = _uid("implementation")
         ds.SOPClassUID = MRImageStorage
-        ds.SOPInstanceUID = sop_uid
+        ds.SOPInstanceUID = _uid(name, seed, "slice", k)
         ds.StudyInstanceUID = _uid(name, seed, "study")
         ds.SeriesInstanceUID = _uid(name, seed, "series")
         ds.FrameOfReferenceUID = _uid(name, seed, "frame of reference")

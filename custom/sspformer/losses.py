@@ -34,14 +34,12 @@ class MaskedReconstructionLoss(nn.Module):
     """Mean squared error of predicted patches against the clean image: ``mse + spectral_weight * spectral``.
 
     The spectral term is the energy of the error over the masked patches, weighed in k-space by the high-pass
-    ``W(rho) = rho ** spectral_gamma`` of :func:`sspformer.kspace.highpass`; were ``W`` 1 everywhere, it would be the
-    first term again (Parseval).
+    ``W(rho) = rho``; were ``W`` 1 everywhere, it would be the first term again (Parseval).
 
     Args:
         patch_size: voxels along each spatial axis, or one number for all.
         spatial_dims: 2 or 3.
         spectral_weight: weight of the spectral term, 0 or more.
-        spectral_gamma: exponent of its high-pass.
         normalize_target: predict patches as :func:`normalize_patches` gives them (He et al., arXiv 2111.06377).
 
     Raises:
@@ -53,14 +51,13 @@ class MaskedReconstructionLoss(nn.Module):
         patch_size: Sequence[int] | int,
         spatial_dims: int = 3,
         spectral_weight: float = 0.0,
-        spectral_gamma: float = 1.0,
         normalize_target: bool = False,
     ) -> None:
         super().__init__()
         if spectral_weight < 0:
             raise ValueError(f"spectral_weight must be 0 or more, got {spectral_weight}.")
         self.patch_size = ensure_tuple_rep(patch_size, spatial_dims)
-        self.spectral_weight, self.spectral_gamma = spectral_weight, spectral_gamma
+        self.spectral_weight = spectral_weight
         self.normalize_target = flag(normalize_target)
 
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
@@ -93,7 +90,7 @@ class MaskedReconstructionLoss(nn.Module):
         patches = error.new_zeros(error.shape[0], math.prod(grid), error.shape[2])
         patches = patches.scatter(1, index[..., None].expand_as(error), error)
         volume = unpatchify(patches, grid, self.patch_size)
-        weight = kspace.highpass(kspace.radial_frequency(volume, spacing, half=True), self.spectral_gamma)
+        weight = kspace.highpass(kspace.radial_frequency(volume, spacing, half=True), gamma=1.0)
         return kspace.filter_image(volume, weight).square().sum() / error.numel()
 
 

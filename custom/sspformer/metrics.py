@@ -236,21 +236,18 @@ def summarize(scores: np.ndarray, seed: int = 0, subjects: Sequence[str] | None 
     }
 
 
-def bootstrap_interval(
-    scores: np.ndarray, confidence: float = 0.95, n_resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Confidence interval of the mean over subjects, percentile bootstrap (Efron 1979); nan for fewer than two.
+def bootstrap_interval(scores: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % confidence interval of the mean over subjects, percentile bootstrap (Efron 1979); nan for fewer than two.
 
     Args:
         scores: one number a subject, ``(N,)``.
-        confidence: between 0 and 1.
         n_resamples: draws of N subjects with replacement.
         seed: of the draws.
     """
     if len(scores) < 2:
         return np.nan, np.nan
-    options = {"confidence_level": confidence, "n_resamples": n_resamples, "method": "percentile"}
-    interval = bootstrap((scores,), np.mean, **options, rng=np.random.default_rng(seed)).confidence_interval
+    options = {"n_resamples": n_resamples, "method": "percentile", "rng": np.random.default_rng(seed)}
+    interval = bootstrap((scores,), np.mean, **options).confidence_interval
     return float(interval.low), float(interval.high)
 
 
@@ -325,7 +322,6 @@ def score_intervals(
     target: Tensor,
     subjects: Sequence[str],
     n_resamples: int = 2000,
-    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Scores with 95 % confidence intervals: percentile bootstrap over subjects, who bring all their scans.
 
@@ -334,7 +330,6 @@ def score_intervals(
         pred, target: of N scans, as ``score`` takes them.
         subjects: whose scan each is.
         n_resamples: draws of subjects with replacement.
-        seed: of the draws.
 
     Returns:
         name to ``value``, ``ci_low`` and ``ci_high``; the interval of one subject is nan.
@@ -343,7 +338,7 @@ def score_intervals(
     for i, subject in enumerate(subjects):
         of_subject.setdefault(subject, []).append(i)
     scans, n = list(of_subject.values()), len(of_subject)
-    draws = np.random.default_rng(seed).integers(n, size=(n_resamples if n > 1 else 0, n))
+    draws = np.random.default_rng(0).integers(n, size=(n_resamples if n > 1 else 0, n))
     resampled = []
     for drawn in draws:  # scipy's bootstrap has no interval where the score of one draw is nan, such as without a class
         index = [i for subject in drawn for i in scans[subject]]

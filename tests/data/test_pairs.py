@@ -104,7 +104,7 @@ def test_a_file_of_the_cache_that_was_cut_off_is_made_anew(tmp_path):
     whole = [file.read_bytes() for file in files]
     for file, length in zip(files, (0, 10, 2000, len(whole[3]) - 100), strict=True):
         file.write_bytes(file.read_bytes()[:length])
-    with pytest.warns(UserWarning, match="cannot be read .* made again"):
+    with pytest.warns(UserWarning, match="is damaged .* made again"):
         assert [item["image"].sum().item() for item in cached()] == before
     assert [len(file.read_bytes()) for file in files] == [len(content) for content in whole]
     assert [item["image"].sum().item() for item in cached()] == before

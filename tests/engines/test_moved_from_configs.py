@@ -15,6 +15,7 @@ from monai.transforms import RandAdjustContrastd, RandAffined
 from sspformer.engines import (
     History,
     LoadCheckpoint,
+    PredictionPanel,
     Progress,
     SaveBestModel,
     SaveCheckpoint,
@@ -124,7 +125,7 @@ def test_crops_have_three_sides_and_slices_one_voxel_in_the_last():
 def test_the_first_process_writes_and_the_others_do_not(monkeypatch, tmp_path):
     handlers = [
         *(SeedEpoch(0), SaveCheckpoint(tmp_path, {}), SaveBestModel(network(), tmp_path / "model.pt")),
-        *(SegmentationPanel(str(tmp_path)), History(str(tmp_path)), Progress()),
+        *(SegmentationPanel(str(tmp_path)), PredictionPanel(str(tmp_path)), History(str(tmp_path)), Progress()),
     ]
     assert of_this_process(handlers) == handlers
     monkeypatch.setattr(idist, "get_rank", lambda: 1)

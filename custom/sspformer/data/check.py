@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.contrib.concurrent import thread_map
 
 from ..io.dicom_in import read_dicom
-from ..io.errors import Unusable, by, reason_of, without_ones
+from ..io.errors import Unusable, reason_of, size_text, without_ones
 from ..io.nifti import check_grid, check_intent, open_nifti
 from .cache import CheckCache
 from .labels import integer_ranges
@@ -81,7 +81,7 @@ def _check_label_map(scan: Scan, classes: set[int] | None, cache: CheckCache) ->
 def _misfits(image: dict, label: dict) -> Iterator[str]:
     """How the grid of a label map differs from that of its image."""
     if image["shape"] != label["shape"]:
-        yield f"has another shape: {by(label['shape'])}, the image {by(image['shape'])}"
+        yield f"has another shape: {size_text(label['shape'])}, the image {size_text(image['shape'])}"
         return
     corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in image["shape"]))])
     shift = np.linalg.norm(corners @ np.subtract(image["affine"], label["affine"])[:3].T, axis=1).max()
@@ -118,7 +118,7 @@ def check_label(files: list[Path]) -> dict:
     with open_nifti(files[0], MIN_SIZE) as (image, grid):
         voxels = image.dataobj.get_unscaled()
     if len(shape := without_ones(image.shape)) > 3:
-        raise Unusable(f"4D (shape {by(shape)}): a label map is one volume of class numbers")
+        raise Unusable(f"4D (shape {size_text(shape)}): a label map is one volume of class numbers")
     values, counts = np.unique(voxels, return_counts=True)
     slope = float(image.dataobj.slope)
     values = values * slope + float(image.dataobj.inter)

@@ -34,10 +34,10 @@ def prepare_datalist(options: DatasetOptions) -> dict[str, list[dict]]:
         ValueError: naming the unusable scans, unless ``skip_unreadable``; when no scan is left to train on; when a path
             does not match ``subject_pattern``; when ``max_subjects`` is out of its range.
     """
-    found = _find_and_check(find_scans, options, hold_out_test)
+    found = find_and_check(find_scans, options, hold_out_test)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, "training", "validation")
+    return lists_of(found, options, "training", "validation")
 
 
 def prepare_pairs(options: DatasetOptions) -> dict[str, list[dict]]:
@@ -51,20 +51,20 @@ def prepare_pairs(options: DatasetOptions) -> dict[str, list[dict]]:
         ValueError: as `prepare_datalist`, and naming all pairs that do not fit: no label map, a label map without an
             image, another shape or affine, label values that are no class.
     """
-    found = _find_and_check(find_pairs, options)
+    found = find_and_check(find_pairs, options)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, "training", "validation", "test")
+    return lists_of(found, options, "training", "validation", "test")
 
 
 def prepare_test_scans(options: DatasetOptions) -> list[dict]:
     """The items of the scans to evaluate on: the test split, else that for validation, else all."""
-    return _test_items(find_scans, options)
+    return items_to_evaluate(find_scans, options)
 
 
 def prepare_test_pairs(options: DatasetOptions) -> list[dict]:
     """The items of the images with label maps to evaluate on: the test split, else that for validation, else all."""
-    return _test_items(find_pairs, options)
+    return items_to_evaluate(find_pairs, options)
 
 
 def check_pairs(items: Sequence[Mapping], options: DatasetOptions) -> None:
@@ -89,11 +89,11 @@ def check_pairs(items: Sequence[Mapping], options: DatasetOptions) -> None:
             found.scans.append(Scan(files, root, header=header, label_map=Path(item["label"])))
         return found
 
-    found = _find_and_check(listed, replace(options, min_size=MIN_SIZE))
+    found = find_and_check(listed, replace(options, min_size=MIN_SIZE))
     raise_if_unusable(found, root, "Correct or remove their label maps.")
 
 
-def _find_and_check(find: Callable[..., Found], options: DatasetOptions, choose: Callable | None = None) -> Found:
+def find_and_check(find: Callable[..., Found], options: DatasetOptions, choose: Callable | None = None) -> Found:
     """Finds scans, chooses among them, reads the chosen ones and names the usable ones."""
     with CheckCache(options.output_dir) as cache:
         found = find(options, cache)
@@ -105,7 +105,7 @@ def _find_and_check(find: Callable[..., Found], options: DatasetOptions, choose:
     return found
 
 
-def _lists(found: Found, options: DatasetOptions, *splits: str) -> dict[str, list[dict]]:
+def lists_of(found: Found, options: DatasetOptions, *splits: str) -> dict[str, list[dict]]:
     """The items of each split, which are also written to `datalist.json`."""
     lists = {split: [] for split in splits}
     for scan in found.usable:
@@ -121,8 +121,8 @@ def _lists(found: Found, options: DatasetOptions, *splits: str) -> dict[str, lis
     return lists
 
 
-def _test_items(find: Callable[..., Found], options: DatasetOptions, choose: Callable = keep_test) -> list[dict]:
-    found = _find_and_check(find, replace(options, min_size=MIN_SIZE), choose)
+def items_to_evaluate(find: Callable[..., Found], options: DatasetOptions, choose: Callable = keep_test) -> list[dict]:
+    found = find_and_check(find, replace(options, min_size=MIN_SIZE), choose)
     report(found, options)
     return [item for scan in found.usable for item in scan.items()]
 

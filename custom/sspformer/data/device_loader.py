@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..geometry import free_memory
 from ..transforms.crops import CropSampler, resample
 
 logger = logging.getLogger("sspformer")
@@ -282,9 +282,4 @@ def _unchanged(item: Any) -> Any:
 
 def _free(device: torch.device) -> float:
     """Free bytes of a device's memory; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # macOS, Windows
-        return float("inf")
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

@@ -40,7 +40,7 @@ class Found:
     scans: list[Scan] = field(default_factory=list)
     held_out: list[Scan] = field(default_factory=list)  # of the test split, and not to be read
     label_maps: list[PurePosixPath] = field(default_factory=list)  # left out, for they are no scans
-    unasked: list[PurePosixPath] = field(default_factory=list)  # images of a BIDS data set left out, see `bids`
+    bids_left_out: list[PurePosixPath] = field(default_factory=list)  # images of a BIDS data set left out, see `bids`
     foreign: dict[PurePosixPath, str] = field(default_factory=dict)  # images of other formats, and what to do
     others: int = 0  # files that are none of these
     labelled: bool = False  # whether all scans must have label maps
@@ -83,14 +83,14 @@ def find_scans(options: DatasetOptions, cache: CheckCache, use_dataset_json: boo
         source = source / "dataset.json"
     found = Found()
     if source.is_dir():
-        files, unasked = {}, left_out_of_bids(source, options.bids_suffixes)
+        files, bids_left_out = {}, left_out_of_bids(source, options.bids_suffixes)
         for path in scan_files(source, skip=options.output_dir):
             relative = path_within(path, source)
             if NIFTI_SUFFIX.search(path.name) and is_label_path(relative):
                 found.label_maps.append(relative)
-            elif unasked(path) and not path.is_dir():
+            elif bids_left_out(path) and not path.is_dir():
                 if NIFTI_SUFFIX.search(path.name):
-                    found.unasked.append(relative)
+                    found.bids_left_out.append(relative)
                 else:
                     found.others += 1
             else:

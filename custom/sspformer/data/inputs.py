@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from tqdm.contrib.concurrent import thread_map
 
-from ..io.errors import Unusable, by, reason_of, without_ones
+from ..io.errors import Unusable, list_text, reason_of, size_text, without_ones
 from ..io.files import printable
 from ..io.nifti import check_header, check_intent
 from .cache import CheckCache
 from .find import find_scans
 from .naming import name_scans
 from .options import MIN_SIZE, DatasetOptions
-from .report import MAX_NAMED, UNASKED
+from .report import BIDS_LEFT_OUT, MAX_NAMED
 from .scan import Scan
 
 logger = logging.getLogger("sspformer")
@@ -54,10 +54,9 @@ def find_inputs(
             f"give another folder, such as {output_dir / 'output'}."
         )
     found = find_scans(options, CheckCache(), use_dataset_json=False)
-    left_out = found.label_maps + found.unasked
+    left_out = found.label_maps + found.bids_left_out
     if left_out:
-        more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
-        logger.info(f"Left out as label maps, or as {UNASKED}: {', '.join(map(str, left_out[:MAX_NAMED]))}{more}.")
+        logger.info(f"Left out as label maps, or as {BIDS_LEFT_OUT}: {list_text(left_out, MAX_NAMED)}.")
     others = found.others + len(found.foreign)
     counts = f"{len(left_out)} label maps and images of other kinds and {others} other files"
     if not found.scans:
@@ -75,7 +74,7 @@ def _check(scan: Scan) -> None:
             image, _ = check_header(scan.files[0], MIN_SIZE)
             check_intent(image)
             if len(shape := without_ones(image.shape)) > 3:
-                raise Unusable(f"4D (shape {by(shape)}): split it into 3D volumes first")
+                raise Unusable(f"4D (shape {size_text(shape)}): split it into 3D volumes first")
     except Exception as error:
         scan.reason = reason_of(error)
 

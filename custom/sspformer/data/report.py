@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from ..io.errors import by
+from ..io.errors import list_text, size_text
 from ..io.tables import format_table, write_csv
 from .find import Found
 from .labels import integer_ranges
@@ -17,8 +17,7 @@ logger = logging.getLogger("sspformer")
 
 MAX_ROWS = 30  # of the printed table
 MAX_NAMED = 20  # unusable scans in the error
-MAX_EMPTY = 10  # empty label maps in the warning
-UNASKED = "no raw anatomical image of the BIDS data set, or none of bids_suffixes"
+BIDS_LEFT_OUT = "no raw anatomical image of the BIDS data set, or none of bids_suffixes"
 SHOWN = ("name", "subject", "split", "format", "shape", "spacing_mm", "orientation")
 
 
@@ -30,7 +29,7 @@ def report(found: Found, options: DatasetOptions) -> None:
     """
     usable = sorted(found.usable, key=lambda scan: scan.split == "left out")
     rows = [_row(scan, found.labelled) for scan in usable + found.unusable]
-    left_out = {"label map": found.label_maps, UNASKED: found.unasked, "test scan": found.held_out}
+    left_out = {"label map": found.label_maps, BIDS_LEFT_OUT: found.bids_left_out, "test scan": found.held_out}
     rows += [{"status": f"{what}, left out", "path": str(path)} for what, paths in left_out.items() for path in paths]
     rows += [{"status": f"left out: {what}", "path": str(path)} for path, what in found.foreign.items()]
     shown, more = ([*SHOWN, "labels"], ["label_path"]) if found.labelled else (SHOWN, [])
@@ -74,8 +73,8 @@ def _row(scan: Scan, labelled: bool) -> dict[str, str]:
         "subject": scan.subject,
         "split": scan.split,
         "format": scan.format,
-        "shape": by(scan.check.get("shape", [])),
-        "spacing_mm": by(scan.check.get("spacing", [])),
+        "shape": size_text(scan.check.get("shape", [])),
+        "spacing_mm": size_text(scan.check.get("spacing", [])),
         "orientation": scan.check.get("orientation", ""),
         "status": status,
         "path": str(scan),
@@ -92,7 +91,7 @@ def _summary(found: Found) -> str:
     parts += [f"{len(found.unusable)} unusable"]
     counts = {
         "label maps left out": len(found.label_maps),
-        f"files left out ({UNASKED})": len(found.unasked),
+        f"files left out ({BIDS_LEFT_OUT})": len(found.bids_left_out),
         "test scans left out": len(found.held_out),
         "other files ignored": found.others + len(found.foreign),
     }
@@ -103,8 +102,7 @@ def _warn_of_labels(found: Found) -> None:
     """Says which label maps to train or to evaluate on are empty, and which classes are in none of them."""
     scans = [scan for scan in found.usable if scan.split in ("training", "both")] or found.usable
     if empty := [str(scan) for scan in scans if set(scan.check["values"]) == {0}]:
-        more = f" and {len(empty) - MAX_EMPTY} more" if len(empty) > MAX_EMPTY else ""
-        logger.warning(f"The label map is empty (background only) for {', '.join(empty[:MAX_EMPTY])}{more}.")
+        logger.warning(f"The label map is empty (background only) for {list_text(empty)}.")
     seen = {0}.union(*(scan.check["values"] for scan in scans))
     if found.classes and (absent := found.classes - seen):
         logger.warning(f"The classes {integer_ranges(absent)} are in none of the {len(scans)} label maps.")

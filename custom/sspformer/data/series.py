@@ -14,7 +14,7 @@ import numpy as np
 import pydicom
 from tqdm.contrib.concurrent import thread_map
 
-from ..io.dicom_in import dicom_frames, hash_voxels, quiet_dicom, shown
+from ..io.dicom_in import dicom_frames, hash_voxels, header_text, quiet_dicom
 from ..io.errors import reason_of
 from ..io.files import digest, printable
 from .cache import CheckCache
@@ -39,8 +39,8 @@ def dicom_header(files: list[Path]) -> dict[str, str]:
         "patient": digest(ds.get("PatientID")),
         "person": digest([str(ds.get(key) or "") for key in ("PatientID", "PatientName", "PatientBirthDate")]),
         "place": _place(ds),
-        "number": shown(ds, "SeriesNumber") or "x",
-        "modality": shown(ds, "Modality"),
+        "number": header_text(ds, "SeriesNumber") or "x",
+        "modality": header_text(ds, "Modality"),
         "image": "yes" if ds.get("Rows") or ds.get("SOPClassUID") in MR_STORAGE else "",
         "enhanced": "yes" if int(ds.get("NumberOfFrames") or 1) > 1 else "",
         "concatenation": digest(ds.get("ConcatenationUID")),

@@ -9,13 +9,14 @@ import logging
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..io.errors import list_text
 from ..io.files import stem
 from ..options import is_null
-from .datalist import _find_and_check, _lists, _test_items
+from .datalist import find_and_check, items_to_evaluate, lists_of
 from .find import Found, find_scans
 from .options import DatasetOptions
 from .report import report
@@ -25,7 +26,6 @@ from .split import hold_out_test, keep_test, split_subjects
 logger = logging.getLogger("sspformer")
 
 MISSING = ("", "n/a", "na", "nan", "null")  # BIDS writes n/a
-MAX_NAMED = 10  # subjects, values or columns in a message
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def prepare_targets(options: TargetOptions) -> dict[str, list[dict]]:
         assign_targets(found, table, options)
         check_targets(found.usable, options)
 
-    found = _find_and_check(find_scans, options, choose)
+    found = find_and_check(find_scans, options, choose)
     split_subjects(found, options)
     report(found, options)
-    return _lists(found, options, "training", "validation")
+    return lists_of(found, options, "training", "validation")
 
 
 def prepare_test_targets(options: TargetOptions) -> list[dict]:
@@ -92,7 +92,7 @@ def prepare_test_targets(options: TargetOptions) -> list[dict]:
         keep_test(found, options)
         assign_targets(found, table, options)
 
-    return _test_items(find_scans, options, choose)
+    return items_to_evaluate(find_scans, options, choose)
 
 
 def target_classes(
@@ -130,7 +130,7 @@ def read_table(path: Path, column: str | None) -> dict[str, str]:
         close = difflib.get_close_matches(str(column), columns, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         missing = f"no column {column!r}" if column else "no target chosen"
-        raise ValueError(f"{path}: {missing}; {hint}name one with --target: {_some(columns[1:])}.")
+        raise ValueError(f"{path}: {missing}; {hint}name one with --target: {list_text(columns[1:])}.")
     key = "participant_id" if "participant_id" in columns else columns[0]
     values: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -138,7 +138,7 @@ def read_table(path: Path, column: str | None) -> dict[str, str]:
         values[_plain(row[key] or "")].add("" if value.lower() in MISSING else value)
     if several := [f"{subject} ({' and '.join(sorted(own))})" for subject, own in values.items() if len(own) > 1]:
         raise ValueError(
-            f"{path} has rows of one subject that differ in {column}: {_some(several)}. Keep one row for each."
+            f"{path} has rows of one subject that differ in {column}: {list_text(several)}. Keep one row for each."
         )
     return {subject: own.pop() for subject, own in values.items()}
 
@@ -168,20 +168,21 @@ def assign_targets(found: Found, table: Mapping[str, str], options: TargetOption
     if not used:
         subjects = sorted({scan.subject for scan in found.scans})
         raise ValueError(
-            f"no subject of {options.dataset_dir} is in the table of targets: the scans are of {_some(subjects, 3)}, "
-            f"the table has {_some(sorted(table), 3)}. Rename them, or set --subject_pattern."
+            f"no subject of {options.dataset_dir} is in the table of targets: the scans are of "
+            f"{list_text(subjects, 3)}, the table has {list_text(sorted(table), 3)}. Rename them, or set "
+            "--data_options#subject_pattern."
         )
     if bad:
-        named = _some([f"{value!r} of {subject}" for subject, value in bad.items()])
-        wanted, hint = f"a class ({_some(list(options.classes or []))})", "add it to --class_names, or write n/a"
+        named = list_text([f"{value!r} of {subject}" for subject, value in bad.items()])
+        wanted, hint = f"a class ({list_text(list(options.classes or []))})", "add it to --class_names, or write n/a"
         if not options.classes:
             wanted, hint = "a finite number", "correct it, write n/a, or use configs/classification.json for classes"
         raise ValueError(f"the target {options.target} must be {wanted}, got {named}: {hint}.")
     if left_out:
-        logger.warning(f"The target {options.target} is missing for {_some(sorted(left_out))}: left out.")
+        logger.warning(f"The target {options.target} is missing for {list_text(sorted(left_out))}: left out.")
         found.scans = [scan for scan in found.scans if scan.reason or scan.target is not None]
     if unused := sorted(set(table) - used):
-        logger.warning(f"{len(unused)} subjects in the table of targets have no scan here: {_some(unused)}.")
+        logger.warning(f"{len(unused)} subjects in the table of targets have no scan here: {list_text(unused)}.")
 
 
 def check_targets(scans: Sequence[Scan], options: TargetOptions) -> None:
@@ -196,9 +197,9 @@ def check_targets(scans: Sequence[Scan], options: TargetOptions) -> None:
     if few or len(options.classes) < 2:
         raise ValueError(
             f"a classification needs two classes or more, and two subjects of each, to train and to validate on; "
-            f"of the target {options.target}, too few subjects have {_some(few or list(options.classes))}. Write n/a "
-            "for them to leave them out and name the others with --class_names, or use configs/regression.json if the "
-            "target is a number."
+            f"of the target {options.target}, too few subjects have {list_text(few or list(options.classes))}. Write "
+            "n/a for them to leave them out and name the others with --class_names, or use configs/regression.json if "
+            "the target is a number."
         )
 
 
@@ -215,7 +216,3 @@ def _number_or_class(value: str, classes: Sequence[str] | None) -> int | float |
 
 def _plain(subject: str) -> str:
     return subject.strip().removeprefix("sub-")
-
-
-def _some(names: Collection[str], n: int = MAX_NAMED) -> str:
-    return ", ".join(list(names)[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

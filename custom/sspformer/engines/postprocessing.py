@@ -30,7 +30,7 @@ class Reconstruct:
 
     def __init__(self, network: torch.nn.Module, normalize_target: bool = False) -> None:
         self.patch_size = tuple(getattr(network, "module", network).patch_size)
-        self.normalize_target = normalize_target
+        self.normalize_target = flag(normalize_target)
 
     def __call__(self, output: dict) -> dict:
         target, image = output["label"], output["label"]["image"]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..io.tables import write_csv
 from ..metrics import score_intervals
-from ..pictures import figure_to_array, prediction_figure
+from ..pictures import prediction_figure
 from .inference import InferenceReport, ResultWriter
+from .panels import Panel
 from .report import names_of, samples_of, write_scores
 
 
@@ -117,38 +118,35 @@ class PredictionReport(_Predictions):
         write_scores(self.directory, rows, summary, self.settings)
 
 
-class PredictionPanel(_Predictions):
-    """Draws the confusion matrix, or predicted against true numbers; for the evaluator.
-
-    A PNG for each validation, ``pictures/epoch_0010.png``, and the same picture in TensorBoard; of an evaluation
-    ``pictures/predictions.png``.
+class PredictionPanel(_Predictions, Panel):
+    """The confusion matrix, or predicted against true numbers, of all scans of an evaluation, see :class:`Panel`.
 
     Args:
-        output_dir: the pictures go to its ``pictures``.
+        output_dir, summary_writer: as of :class:`Panel`.
         class_names: in the order of the network's outputs; empty: numbers.
-        separate: this is an evaluation.
-        summary_writer: TensorBoard writer, or None.
-        n_images: not used; the configs give it to every panel.
+        separate: the picture is ``pictures/predictions.png``, of no epoch.
+        kwargs: not used; the configs give ``n_images`` to every panel.
     """
+
+    tag = "predictions"
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        output_dir: str,
         class_names: Sequence[str] | None = None,
         separate: bool = False,
         summary_writer: Any = None,
-        n_images: int | None = None,
+        **kwargs,
     ) -> None:
-        self.directory, self.class_names = Path(output_dir) / "pictures", list(class_names or ())
-        self.separate, self.writer = separate, summary_writer
+        super().__init__(output_dir, separate=separate, summary_writer=summary_writer)
+        self.class_names = list(class_names or ())
 
     def finish(self, engine: Engine) -> None:
-        epoch = engine.state.epoch  # MONAI's ValidationHandler hands over the trainer's
         figure = prediction_figure(*self.stacked(), self.class_names)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.directory / ("predictions.png" if self.separate else f"epoch_{epoch:04d}.png"), dpi=100)
-        if self.writer is not None:
-            self.writer.add_image("predictions", figure_to_array(figure), epoch, dataformats="HWC")
+        if self.separate:
+            self._save(figure, self.tag)
+        else:
+            self._publish(figure, engine)
 
 
 class SavePredictiond(MapTransform, ResultWriter):

@@ -20,13 +20,10 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
     """Base class: the images of a batch on the device, and a generator there.
 
     Args:
-        image_key: entry of the batch, ``(B, C, *S)``. Its spacing is the batch's ``spacing`` (B, len(S)), mm, or that
-            of a MetaTensor.
         seed: of all draws; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
     """
 
-    def __init__(self, image_key: str = "image", seed: int = 0) -> None:
-        self.image_key = image_key
+    def __init__(self, seed: int = 0) -> None:
         self.set_random_state(seed)
 
     def set_random_state(self, seed=None, state=None) -> PrepareBatchOnDevice:
@@ -39,8 +36,11 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
     def load(
         self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
     ) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Images ``(B, C, *S)``, float32, their spacing in mm ``(B, len(S))``, and the generator, all on the device."""
-        image = batchdata[self.image_key]
+        """Images ``(B, C, *S)``, float32, their spacing in mm ``(B, len(S))``, and the generator, all on the device.
+
+        They are the batch's ``image``; the spacing is its ``spacing``, or that of a MetaTensor.
+        """
+        image = batchdata["image"]
         spacing = batchdata["spacing"] if "spacing" in batchdata else kspace.spacing_of(image)
         image = torch.as_tensor(image).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs).float()
         if spacing is not None and image.device.type == "cuda" and spacing.device.type == "cpu":
@@ -56,7 +56,6 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
     Args:
         mask: a mask strategy, see :mod:`sspformer.transforms.masking`.
         noise: draws the noise; None, or "null" as a command line has it: the input is the clean image.
-        image_key: entry of the batch, ``(B, C, *S)``, values in [0, 1]; spacing is read from it if it is a MetaTensor.
         seed: of the noise and the masks; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
     """
 
@@ -64,11 +63,10 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
         self,
         mask: Callable[[Tensor, Tensor, torch.Generator], MaskIndices],
         noise: NoiseSampler | None = None,
-        image_key: str = "image",
         seed: int = 0,
     ) -> None:
         self.mask, self.noise = mask, None if is_null(noise) else noise
-        super().__init__(image_key, seed)
+        super().__init__(seed)
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
@@ -89,25 +87,23 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
     """``prepare_batch`` of restoration: degrades clean images.
 
     A Fourier transform wraps around at the border of a crop, where the scan goes on. So crops have a margin, which is
-    degraded with them and then cut off.
+    degraded with them and then cut off. Values below 0, which a magnitude image has none of, become 0.
 
     Args:
         degradation: called as ``degradation(image, spacing, generator, random_state)``, as
             :class:`sspformer.transforms.NoiseSampler` and :class:`sspformer.transforms.ResolutionSampler` are.
         margin: voxels at each end of each spatial axis; 0 for whole scans.
-        image_key: entry of the batch, ``(B, C, *S)``; spacing is read from it if it is a MetaTensor. Values below 0,
-            which a magnitude image has none of, become 0.
         seed: of the degradation; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
 
     Raises:
         ValueError: if ``margin`` is negative, or leaves nothing of a batch.
     """
 
-    def __init__(self, degradation: Any, margin: int = 0, image_key: str = "image", seed: int = 0) -> None:
+    def __init__(self, degradation: Any, margin: int = 0, seed: int = 0) -> None:
         if margin < 0:
             raise ValueError(f"margin must be 0 or more, got {margin}.")
         self.degradation, self.margin = degradation, margin
-        super().__init__(image_key, seed)
+        super().__init__(seed)
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **kwargs
@@ -117,7 +113,7 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
         All are ``(B, C, *S)`` with ``S`` less twice the margin. Where resolution is lost, ``factor``, ``(B, len(S))``,
         says which k-space was measured.
         """
-        sides = tuple(batchdata[self.image_key].shape[2:])
+        sides = tuple(batchdata["image"].shape[2:])
         if min(sides) <= 2 * self.margin:
             raise ValueError(
                 f"crops of {sides} voxels are used up by a margin of {self.margin} at each end: set crop_size "

@@ -37,7 +37,6 @@ class EvaluationReport:
         output_dir: where the files go.
         class_names: of the structures, without the background, if metrics have a column for each.
         settings: what else ``summary.json`` should say, for example the weights.
-        seed: of the bootstrap.
     """
 
     def __init__(
@@ -45,10 +44,9 @@ class EvaluationReport:
         output_dir: str | os.PathLike,
         class_names: Sequence[str] | None = None,
         settings: Mapping[str, Any] | None = None,
-        seed: int = 0,
     ) -> None:
         self.directory, self.class_names = Path(output_dir), class_names
-        self.settings, self.seed = dict(settings or {}), seed
+        self.settings = dict(settings or {})
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
@@ -83,7 +81,7 @@ class EvaluationReport:
         ]
         subjects = [scan["subject"] for scan in self.scans]
         summary = [
-            {"metric": name, **key, **summarize(scores[:, j], self.seed, subjects)}
+            {"metric": name, **key, **summarize(scores[:, j], subjects=subjects)}
             for name, scores in details.items()
             for j, key in enumerate(keys)
         ]

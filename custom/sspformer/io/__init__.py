@@ -9,7 +9,7 @@ from .dicom_out import (
     import_highdicom,
     segmentation_to_dicom,
 )
-from .errors import Unusable, by, check_size, reason_of, without_ones
+from .errors import Unusable, check_size, reason_of, size_text, without_ones
 from .files import digest, output_path, replacing, stats, stem, write_atomically
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like

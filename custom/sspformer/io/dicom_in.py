@@ -31,7 +31,7 @@ SHOWN = {
 }
 
 
-def shown(ds: pydicom.Dataset, keyword: str) -> str:
+def header_text(ds: pydicom.Dataset, keyword: str) -> str:
     """A value of the header as text; empty if it is not what its field may hold.
 
     This is the only way for a header into names, tables, logs and messages. One wrong byte in the length of a value
@@ -124,7 +124,7 @@ def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = Tr
     datasets, frames = [], []
     for i, path in enumerate(files):
         ds = pydicom.dcmread(path, stop_before_pixels=not pixels)
-        if (modality := shown(ds, "Modality")) != "MR":
+        if (modality := header_text(ds, "Modality")) != "MR":
             raise Unusable(f"not MR: the DICOM modality is {modality or 'not given, or none of the standard'}")
         if not ds.get("Rows") or not ds.get("Columns"):
             raise Unusable(f"no pixel data in {Path(path).name}: truncated, or no image")

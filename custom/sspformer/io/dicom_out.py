@@ -98,6 +98,8 @@ VALID = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM, "PatientSex":
 class _SaveDicomd(MapTransform):
     """Writes results for scans that came as DICOM series; skips the others."""
 
+    suffix = ""  # of the name
+
     def __init__(self, keys: KeysCollection, output_dir: str | Path, postfix: str) -> None:
         super().__init__(keys)
         import_highdicom()
@@ -109,16 +111,16 @@ class _SaveDicomd(MapTransform):
         return self._path(item["name"]) if is_series(item["image"]) else None
 
     def _path(self, name: str) -> Path:
-        raise NotImplementedError
+        return self.output_dir / f"{name}_{self.postfix}{self.suffix}"
 
-    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+    def _write(self, pred: MetaTensor, files: Sequence[str], path: Path) -> None:
         raise NotImplementedError
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
             if data.get("files"):
                 try:
-                    self._write(data[key], data["files"], data["name"])
+                    self._write(data[key], data["files"], self._path(data["name"]))
                 except Exception as error:  # its message may quote the header
                     reason = str(error) if isinstance(error, Unusable) else getattr(error, "strerror", None)
                     raise ValueError(
@@ -143,14 +145,13 @@ class SaveSegmentationDicomd(_SaveDicomd):
         ImportError: if highdicom is missing, with what to install.
     """
 
-    def _path(self, name: str) -> Path:
-        return self.output_dir / f"{name}_{self.postfix}.dcm"
+    suffix = ".dcm"
 
-    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+    def _write(self, pred: MetaTensor, files: Sequence[str], path: Path) -> None:
         labels = pred.detach().cpu().numpy()[0]
-        segmentation_to_dicom(labels, files, self._path(name), pred.meta["class_names"])
+        segmentation_to_dicom(labels, files, path, pred.meta["class_names"])
         if not labels.any():
-            logger.warning(f"{name}: no structure was found, the segments of its DICOM SEG are empty")
+            logger.warning(f"{path.name}: no structure was found, so its segments are empty")
 
 
 class SaveImageDicomd(_SaveDicomd):
@@ -171,12 +172,9 @@ class SaveImageDicomd(_SaveDicomd):
         super().__init__(keys, output_dir, postfix)
         self.method, self.number = method, number
 
-    def _path(self, name: str) -> Path:
-        return self.output_dir / f"{name}_{self.postfix}"
-
-    def _write(self, pred: MetaTensor, files: Sequence[str], name: str) -> None:
+    def _write(self, pred: MetaTensor, files: Sequence[str], path: Path) -> None:
         voxels, affine = pred.detach().cpu().numpy()[0], np.asarray(pred.affine.cpu())
-        image_to_dicom(voxels, affine, files, self._path(name), self.method, self.postfix, self.number)
+        image_to_dicom(voxels, affine, files, path, self.method, self.postfix, self.number)
 
 
 def import_highdicom():
@@ -434,23 +432,19 @@ def _seg_source(stack: DicomStack, file: int) -> Dataset:
     frames = [frame for frame in stack.frames if frame["file"] == file]
     distance = _slice_distance(stack.affine)
 
-    measures, orientation, positions = Dataset(), Dataset(), [Dataset() for _ in frames]
-    measures.PixelSpacing = decimal_strings(stack.frames[0]["spacing"])
-    measures.SpacingBetweenSlices = decimal_strings([distance])[0]
-    measures.SliceThickness = decimal_strings([frames[0]["thickness"] or distance])[0]
-    orientation.ImageOrientationPatient = decimal_strings(stack.frames[0]["orientation"])
-    for position, frame in zip(positions, frames, strict=True):
-        position.ImagePositionPatient = decimal_strings(frame["position"])
-    if "PerFrameFunctionalGroupsSequence" not in ds:
-        for part in (measures, orientation, *positions):
-            header.update(part)
-        return header
+    hd = import_highdicom()
     shared, per_frame = Dataset(), [Dataset() for _ in frames]
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
-    for groups, position in zip(per_frame, positions, strict=True):
-        groups.PlanePositionSequence = [position]
-    header.NumberOfFrames = len(frames)
-    header.SharedFunctionalGroupsSequence, header.PerFrameFunctionalGroupsSequence = [shared], per_frame
+    thickness = frames[0]["thickness"] or distance
+    shared.PixelMeasuresSequence = hd.PixelMeasuresSequence(stack.frames[0]["spacing"], thickness, distance)
+    shared.PlaneOrientationSequence = hd.PlaneOrientationSequence("PATIENT", stack.frames[0]["orientation"])
+    for groups, frame in zip(per_frame, frames, strict=True):
+        groups.PlanePositionSequence = hd.PlanePositionSequence("PATIENT", frame["position"])
+    if "PerFrameFunctionalGroupsSequence" in ds:
+        header.NumberOfFrames = len(frames)
+        header.SharedFunctionalGroupsSequence, header.PerFrameFunctionalGroupsSequence = [shared], per_frame
+    else:
+        for macro in (*shared, *per_frame[0]):
+            header.update(macro.value[0])
     return header
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -44,9 +44,14 @@ def check_size(shape: Sequence[int], min_size: int) -> None:
     if len(shape) < 3 or shape[2] == 1:
         raise Unusable("a 2D image")
     if min(shape[:3]) < min_size:
-        raise Unusable(f"too small: {by(shape[:3])} voxels, every side needs at least {min_size}")
+        raise Unusable(f"too small: {size_text(shape[:3])} voxels, every side needs at least {min_size}")
 
 
-def by(numbers: Iterable[float]) -> str:
+def size_text(numbers: Iterable[float]) -> str:
     """Sides or spacings in words, as `12x10x9`."""
     return "x".join(f"{n:.3g}" if isinstance(n, float | np.floating) else str(n) for n in numbers)
+
+
+def list_text(names: Collection[object], n: int = 10) -> str:
+    """The first names in words, and how many more there are."""
+    return ", ".join(map(str, list(names)[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -11,7 +11,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import SpaceKeys, ensure_tuple
+from monai.utils import SpaceKeys
 
 from .dicom_in import read_dicom
 from .errors import Unusable, reason_of
@@ -34,32 +34,25 @@ class LoadScand(MapTransform):
 
     Each key holds the path of a NIfTI file or the list of the files of a DICOM series, or of one enhanced file. It
     becomes a MetaTensor (1, X, Y, Z) float32 with the affine from voxels to RAS mm, as MONAI's NibabelReader gives it.
-    "volume" in an item chooses a volume of its 4D file. DICOM slices are put in order and rescaled.
+    "volume" in an item chooses a volume of its 4D file. DICOM slices are put in order and rescaled. A "label" is
+    rounded: a file with a scale factor may hold 0.99999 for class 1, which a cast to an integer type would cut to 0.
 
     Args:
         keys: entries to read.
         allow_missing_keys: do not raise if a key is missing.
-        label_keys: those of the keys that are label maps. Their values are rounded: a file with a scale factor may hold
-            0.99999 for class 1, which a cast to an integer type would cut down to 0.
 
     Raises:
         ValueError: naming a file that cannot be read or holds NaN or infinite voxels, and the reason.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection = "image",
-        allow_missing_keys: bool = False,
-        label_keys: KeysCollection = "label",
-    ) -> None:
+    def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.label_keys = ensure_tuple(label_keys)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         item = dict(data)
         for key in self.key_iterator(item):
             volume = self._load(item[key], item.get("volume"))
-            item[key] = volume.round() if key in self.label_keys else volume
+            item[key] = volume.round() if key == "label" else volume
         return item
 
     @staticmethod

@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
 from ..geometry import grid_problem
-from .errors import Unusable, by, check_size, without_ones
+from .errors import Unusable, check_size, size_text, without_ones
 from .files import NIFTI_SUFFIX, output_path, replacing
 from .formats import foreign_content, no_file
 
@@ -43,7 +43,7 @@ def read_nifti(path: str | Path, volume: int | None = None) -> tuple[np.ndarray,
         shape = without_ones(image.shape)
         if len(shape) != (3 if volume is None else 4):
             raise Unusable(
-                f"its shape {by(shape)} is not 3D; a 4D file needs the item's 'volume', and only a 4D one has it"
+                f"its shape {size_text(shape)} is not 3D; a 4D file needs the item's 'volume', and only a 4D one has it"
             )
         voxels = image.dataobj if volume is None else image.dataobj[:, :, :, volume]
         voxels = np.asarray(voxels, dtype=np.float32).reshape(shape[:3])
@@ -112,20 +112,20 @@ def check_header(path: Path, min_size: int = 2) -> tuple[nib.Nifti1Pair, dict]:
 
     shape = without_ones(image.shape)
     if min(shape, default=0) < 1:
-        raise Unusable(f"corrupt NIfTI header: its shape is {by(shape)}")
+        raise Unusable(f"corrupt NIfTI header: its shape is {size_text(shape)}")
     dtype = image.get_data_dtype()
     if dtype.names or dtype.kind not in "iufb":
         kind = "complex numbers" if dtype.kind == "c" else "a colour image (RGB)" if dtype.names else str(dtype)
         raise Unusable(f"voxels are {kind}, not one real number each")
     intent = int(image.header["intent_code"])
     if len(shape) > 4 or (len(shape) == 4 and intent in VECTOR_INTENTS):
-        raise Unusable(f"{len(shape)}D data (shape {by(shape)}: {VECTOR_INTENTS.get(intent, 'vectors')}?)")
+        raise Unusable(f"{len(shape)}D data (shape {size_text(shape)}: {VECTOR_INTENTS.get(intent, 'vectors')}?)")
     check_size(shape, min_size)
     claimed, held = offset + math.prod(shape) * dtype.itemsize, files[-1].stat().st_size
     if claimed > held * (GZIP_RATIO if compressed else 1):
         raise Unusable(
-            f"truncated or corrupt: its header claims {by(shape)} voxels ({claimed:,} bytes), and the file has only "
-            f"{held:,} bytes{', compressed' if compressed else ''}"
+            f"truncated or corrupt: its header claims {size_text(shape)} voxels ({claimed:,} bytes), and the file has "
+            f"only {held:,} bytes{', compressed' if compressed else ''}"
         )
     unit, factor = mm_per_unit(image)
     affine = affine_in_mm(image)

@@ -160,18 +160,16 @@ class Block(nn.Module):
     Args:
         dim: channels of the tokens.
         num_heads: attention heads.
-        mlp_ratio: hidden channels of the perceptron over ``dim``.
         cross: attend to a context of visible tokens instead of to the tokens themselves.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, cross: bool = False) -> None:
+    def __init__(self, dim: int, num_heads: int, cross: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim) if cross else nn.Identity()
         self.attention = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(
         self, x: Tensor, rotation: Tensor, context: Tensor | None = None, context_rotation: Tensor | None = None
