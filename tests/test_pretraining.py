@@ -199,7 +199,7 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
     save_atomically({"a": torch.ones(1)}, path)
 
     def die(content, file):
-        open(file, "wb").write(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", die)

@@ -243,8 +243,8 @@ SCHEMA: dict[str, Option] = {
             ),
             "resume": (
                 FLAG,
-                "continue from the checkpoint in `output_dir`, which must be of a run with the same settings; "
-                "`false`: start afresh and keep the old checkpoint as `checkpoint_previous.pt`",
+                "continue from the checkpoint in `output_dir`, which must be of a run with the same settings and "
+                "data; `false`: start afresh and keep the old checkpoint as `checkpoint_previous.pt`",
             ),
             "seed": (
                 integer("[0, 4294967295]"),

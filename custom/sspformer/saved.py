@@ -31,18 +31,17 @@ class _NoWeights(ValueError):
     """What a file is that torch cannot load."""
 
 
-def save_atomically(content: Any, path: str | os.PathLike, shared: bool = False) -> None:
+def save_atomically(content: Any, path: str | os.PathLike) -> None:
     """``torch.save``: a kill or a full disk leaves the old file or the new one, never half of one.
 
     Args:
         content: what is written.
         path: of the file; its folder is created.
-        shared: several processes may write it at the same time.
 
     Raises:
         OSError: if it cannot be written, see :func:`sspformer.io.replacing`.
     """
-    with replacing(path, shared) as part, open(part, "wb") as file:  # torch would not say why its own file failed
+    with replacing(path) as part, open(part, "wb") as file:  # torch would not say why its own file failed
         torch.save(content, file)
 
 

@@ -32,6 +32,13 @@ from sspformer.transforms import NoiseSampler, crop_range
 ITEMS = [{"image": "a.nii", "name": "a"}, {"image": "b.nii"}]
 
 
+@pytest.fixture(autouse=True)
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for item in ITEMS:
+        (tmp_path / item["image"]).write_text(item["image"])
+
+
 def network():
     torch.manual_seed(0)
     return torch.nn.Linear(2, 1)
@@ -56,7 +63,8 @@ def test_a_training_goes_on_where_it_was(tmp_path):
     assert trainer(tmp_path, epochs=5, seed=0) == 5  # two epochs of before, three new ones
     assert trainer(tmp_path, epochs=2, seed=0, resume="false") == 2  # as a command line says it
     record = json.loads((tmp_path / "models/checkpoint.json").read_text())
-    assert record == {"training data": ["a", "b.nii"], "parameters": [[1, 2], [1]], "seed": 0}
+    assert [name for name, _ in record.pop("training data")] == ["a", "b.nii"] and len(record.pop("hashes")) == 2
+    assert record == {"validation data": [], "pretrained": [], "parameters": [[1, 2], [1]], "seed": 0}
 
 
 def contrast(gamma):
@@ -67,7 +75,10 @@ def contrast(gamma):
     "before, now, said",
     [
         ({"seed": 0}, {"seed": 1}, "seed: 0 then, 1 now"),
-        ({}, {"data": ITEMS[:1]}, "training data: "),
+        ({}, {"data": ITEMS[:1]}, "training data: without b.nii"),
+        ({}, {"data": [*ITEMS, {"image": "a.nii", "name": "c"}]}, "training data: with c"),
+        ({}, {"data": ITEMS[::-1]}, "training data: in another order"),
+        ({}, {"data": [ITEMS[0], {**ITEMS[1], "target": 3}]}, "training data: other contents of b.nii"),
         ({"loss": DiceLoss(batch=True)}, {"loss": DiceLoss(batch=False)}, "loss: "),
         ({"noise": NoiseSampler(sigma=(0, 0.1))}, {"noise": NoiseSampler(sigma=(0, 0.2))}, "noise: "),
         ({"transforms": contrast(1.5)}, {"transforms": contrast(2.0)}, "transforms: "),

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from odd_inputs import dicom_series, fails, head, infer, labelled, load, rows, run, stand_in, start, tiny, wait_for
+from odd_inputs import dicom_series, head, infer, labelled, load, rows, run, stand_in, start, tiny, wait_for
 
 N_SCANS = 6
 
@@ -59,7 +59,6 @@ def test_inference_that_writes_dicom(tmp_path):
         assert seg.pixel_array.sum() == np.asarray(nib.load(nifti_file).dataobj).sum()
 
 
-@fails("what a killed inference was writing stays", always=False)
 def test_what_a_killed_inference_was_writing_goes(tmp_path):
     data, out = labelled(tmp_path / "data") / "images", tmp_path / "out"
     options = {"roi_size": [24, 24, 24], **stand_in(tmp_path)}
@@ -126,30 +125,31 @@ def is_alive(pid: int) -> bool:
         return file.read().split(")")[-1].split()[0] != "Z"
 
 
-@fails("two runs train into one folder", always=False)
-def test_two_runs_that_start_at_once_in_one_folder(tmp_path):
-    """One of them trains, as if it were alone; the other ends with the reason."""
+def refused_while_it_runs(kind, data, out, tmp_path, options):
+    """Starts a run, which stands still once it has the folder, and the same again; what the second says at its end."""
+    first, log = start(tmp_path / "first.txt", kind, data, out, **options), tmp_path / "second.txt"
+    lock = out / ".lock"
+    wait_for(lambda: lock.is_file() and lock.read_text().strip(), first, tmp_path / "first.txt")
+    first.send_signal(signal.SIGSTOP)
+    second = start(log, kind, data, out, **options)
+    assert second.wait(timeout=240) != 0
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=240) == 0, (tmp_path / "first.txt").read_text()[-3000:]
+    said = log.read_text().strip().splitlines()[-1]
+    assert said.startswith("error: ") and str(out) in said and str(first.pid) in said
+
+
+def test_a_training_of_which_a_second_one_is_started(tmp_path):
+    """It trains as if it were alone; the other ends with the reason."""
     data, out = labelled(tmp_path / "data"), tmp_path / "out"
-    options = {**tiny("train"), "epochs": 2}
-    logs = [tmp_path / f"log{i}.txt" for i in range(2)]
-    processes = [start(log, "train", data, out, **options) for log in logs]
-    codes = [process.wait(timeout=240) for process in processes]
-    assert sorted(code != 0 for code in codes) == [False, True], codes
-    said = logs[0 if codes[0] else 1].read_text().strip().splitlines()[-1]
-    winner = processes[1 if codes[0] else 0].pid
-    assert str(out) in said and str(winner) in said
-    run("train", data, tmp_path / "alone", **options)
+    refused_while_it_runs("train", data, out, tmp_path, tiny("train"))
+    run("train", data, tmp_path / "alone", **tiny("train"))
     assert rows(out, "history.csv") == rows(tmp_path / "alone", "history.csv")
 
 
-@fails("two processes write a batch into one folder", always=False)
-def test_two_batches_that_start_at_once_in_one_folder(tmp_path):
+def test_a_batch_of_which_a_second_one_is_started(tmp_path):
     """As a job that is queued twice: one writes all, the other ends with the reason; no output is half."""
-    data, out = labelled(tmp_path / "data", N_SCANS) / "images", tmp_path / "out"
-    options = {"roi_size": [24, 24, 24], **stand_in(tmp_path)}
-    logs = [tmp_path / f"log{i}.txt" for i in range(2)]
-    processes = [start(log, "inference", data, out, **options) for log in logs]
-    codes = [process.wait(timeout=240) for process in processes]
-    assert sorted(code != 0 for code in codes) == [False, True], codes
-    assert len(rows(out, "inference.csv")) == N_SCANS
+    data, out = labelled(tmp_path / "data") / "images", tmp_path / "out"
+    refused_while_it_runs("inference", data, out, tmp_path, {"roi_size": [24, 24, 24], **stand_in(tmp_path)})
+    assert {row["status"] for row in rows(out, "inference.csv")} == {"written"}
     assert all(load(path).any() for path in out.glob("*.nii.gz"))

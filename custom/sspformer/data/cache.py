@@ -116,7 +116,7 @@ class CachedDataset(PersistentDataset):
         content = self._pre_transform(deepcopy(item_transformed))
         kept = convert_to_tensor(content, convert_numeric=False, track_meta=self.track_meta)
         with contextlib.suppress(PermissionError):  # a cache that is only read
-            save_atomically({"of": file.stem, "content": kept}, file, shared=True)
+            save_atomically({"of": file.stem, "content": kept}, file)
         return content
 
 

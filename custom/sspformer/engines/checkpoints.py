@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ignite.engine import CallableEventWithFilter, Engine, Events
 from ignite.handlers import Checkpoint
 from monai.transforms import Transform
 
+from ..io.files import digest, printable, sha256, write_atomically
+from ..io.load import files_of
 from ..networks.pretrained import load_weights
 from ..options import flag, is_null
 from ..saved import load_checked, save_atomically
@@ -47,10 +50,16 @@ class LoadCheckpoint:
     Args:
         output_dir: of the run; its checkpoint is ``models/checkpoint.pt``, as :class:`SaveCheckpoint` writes it.
         load_dict: name to object with ``load_state_dict``; ``network`` is one of them.
-        data: what is trained on, a list of items with ``image`` and perhaps ``name``.
+        data: what is trained on, a list of items with ``image``, and perhaps ``label`` and ``name``. Their files are
+            known by their SHA-256, wherever they lie; only those whose path, size or times changed are read again.
         settings: what else must be the same for the run to go on, see :func:`find_checkpoint`.
         resume: False: start afresh.
         map_location: device that the checkpoint is loaded to.
+        validation: what is validated on, as ``data``.
+        pretrained: file of the weights that training starts from, known by its SHA-256; None: none.
+
+    Raises:
+        ValueError: if the checkpoint belongs to another run, see :func:`find_checkpoint`.
     """
 
     def __init__(
@@ -61,14 +70,21 @@ class LoadCheckpoint:
         settings: Mapping[str, Any],
         resume: bool = True,
         map_location: torch.device | str | None = None,
+        validation: Sequence[Mapping] = (),
+        pretrained: str | os.PathLike | None = None,
     ) -> None:
         network = getattr(load_dict["network"], "module", load_dict["network"])
+        path = Path(output_dir, CHECKPOINT)
+        weights = [] if is_null(pretrained) else [{"image": pretrained, "name": "the weights"}]
+        parts = {"training data": data, "validation data": validation, "pretrained": weights}
+        hashes = _hashes([item for items in parts.values() for item in items], _read_record(path).get(HASHES, {}))
         settings = {
-            "training data": [str(item.get("name", item["image"])) for item in data],
+            **{part: [_identity(item, hashes) for item in items] for part, items in parts.items()},
             "parameters": [list(parameter.shape) for parameter in network.parameters()],
             **settings,
+            HASHES: {_state(file): value for file, value in hashes.items()},
         }
-        self.found = find_checkpoint(str(Path(output_dir, CHECKPOINT)), flag(resume), settings)
+        self.found = find_checkpoint(str(path), flag(resume), settings)
         self.load_dict, self.map_location = load_dict, map_location
 
     def attach(self, engine: Engine) -> None:
@@ -194,27 +210,98 @@ def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str
             transforms, losses and other objects, whose attributes are compared.
 
     Raises:
-        ValueError: if the checkpoint belongs to a run with other settings, naming them.
+        ValueError: if the checkpoint belongs to a run with other settings, naming them, or to an unknown one.
     """
     record = Path(path).with_suffix(".json")
     settings = json.loads(json.dumps(settings, default=_attributes))
     settings = {name: None if isinstance(value, str) and is_null(value) else value for name, value in settings.items()}
-    if resume and os.path.isfile(path):
-        before = json.loads(record.read_text()) if record.is_file() else settings
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            details = [f"{name}: {_short(before.get(name))} then, {_short(settings[name])} now" for name in changed]
+    goes_on = resume and os.path.isfile(path)
+    if goes_on:
+        if why := _why_other(_read_record(path), settings):
             raise ValueError(
-                f"{path} belongs to a run with other settings ({'; '.join(details)}). Give this run an --output_dir "
-                "of its own, or pass --resume false to start afresh in this one."
+                f"{path} {why}. Give this run an --output_dir of its own, or pass --resume false to start afresh in "
+                "this one."
             )
         logger.info(f"going on from {path}; pass --resume false to start afresh")
-        return path
-    with contextlib.suppress(FileNotFoundError):  # there is none, or another process of this run has renamed it
-        os.replace(path, record.with_name(record.stem + "_previous.pt"))
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=4) + "\n")
-    return None
+    else:
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another process of this run has renamed it
+            os.replace(path, record.with_name(record.stem + "_previous.pt"))
+    write_atomically(record, json.dumps(settings, indent=4) + "\n")
+    return path if goes_on else None
+
+
+def _read_record(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """The settings beside a checkpoint; empty if there are none, or no whole ones."""
+    try:
+        content = json.loads(Path(checkpoint).with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _why_other(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Why a checkpoint with these settings is not that of this run; empty if it is."""
+    if not before:
+        return "has no settings beside it (its .json), so nothing says which run it belongs to"
+    if any(isinstance(item, str) for item in before.get("training data", [])):
+        return "is of an earlier version, which did not record the contents of its data"
+    changed = [name for name in now if name != HASHES and before.get(name) != now[name]]
+    details = "; ".join(f"{name}: {_difference(before.get(name), now[name])}" for name in changed)
+    return details and f"belongs to a run with other settings ({details})"
+
+
+def _difference(before: Any, now: Any) -> str:
+    """How two values of a setting differ; of lists of [name, hash], which names do."""
+    if not all(isinstance(value, list) and value and isinstance(value[0], list) for value in (before, now)):
+        return f"{_short(before)} then, {_short(now)} now"
+    was, is_now = ({str(name): value for name, *value in pairs} for pairs in (before, now))
+    kinds = {
+        "other contents of": [name for name in was if name in is_now and was[name] != is_now[name]],
+        "without": [name for name in was if name not in is_now],
+        "with": [name for name in is_now if name not in was],
+    }
+    lists = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
+    return printable(", ".join(lists)) or "in another order"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+#: of the record: SHA-256 of each file by its state, so that it need not be read again
+HASHES = "hashes"
+
+
+def _files(item: Mapping) -> list[Path]:
+    """The files of an item's image and of its label map."""
+    files = [file for key in ("image", "label") if key in item for file in files_of(item[key])]
+    return files + [file.with_suffix(".img") for file in files if file.suffix.lower() == ".hdr"]
+
+
+def _state(file: Path) -> str:
+    """Another one whenever a file may have been written; its time of change cannot be set, unlike the other."""
+    status = file.stat()
+    return digest([str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+
+
+def _hashes(items: Sequence[Mapping], known: Mapping[str, str]) -> dict[Path, str]:
+    """SHA-256 of the files of all items.
+
+    Args:
+        items: of a datalist.
+        known: SHA-256 by :func:`_state`.
+    """
+    files = list(dict.fromkeys(file for item in items for file in _files(item)))
+    if new := sum(_state(file) not in known for file in files):
+        logger.info(f"reading {new} files to their ends once, to know them again when this run goes on")
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(lambda file: known.get(_state(file)) or sha256(file), files)))
+
+
+def _identity(item: Mapping, hashes: Mapping[Path, str]) -> list[str]:
+    """An item's name, and a hash of all that it holds (target, volume, ...) but of where its files lie."""
+    named = {key: value for key, value in item.items() if key not in ("image", "label", "name", "subject", "version")}
+    return [str(item.get("name", item["image"])), digest([[hashes[file] for file in _files(item)], named])]
 
 
 def _attributes(value: Any) -> Any:

@@ -10,7 +10,8 @@ from .dicom_out import (
     segmentation_to_dicom,
 )
 from .errors import Unusable, check_size, reason_of, size_text, without_ones
-from .files import digest, output_path, replacing, stats, stem, write_atomically
+from .files import digest, output_path, replacing, sha256, stats, stem, write_atomically
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like
+from .ownership import leave_folder, own_folder
 from .tables import format_table, write_csv

@@ -28,7 +28,7 @@ from .. import __version__
 from ..pictures import class_colors
 from .dicom_in import DicomStack, quiet_dicom, read_stack
 from .errors import Unusable
-from .files import digest, replacing
+from .files import digest, part_of, replacing
 from .load import is_series
 
 logger = logging.getLogger("sspformer")
@@ -297,7 +297,7 @@ def image_to_dicom(
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir())):
         raise Unusable(f"{folder} holds files that are not images of ours, and is not replaced: move it away")
-    part = folder.with_name(folder.name + ".part")
+    part = part_of(folder)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for k, plane in enumerate(stored):

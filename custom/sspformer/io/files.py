@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 __all__ = [
     "digest",
     "output_path",
+    "part_of",
     "printable",
     "replacing",
+    "sha256",
     "stats",
     "stem",
     "write_atomically",
@@ -27,7 +30,7 @@ def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file; several processes may do so at the same time."""
-    with replacing(path, shared=True) as part:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
@@ -35,6 +38,15 @@ def digest(text: object) -> str:
     """A hash in place of an identifier; empty for an empty one."""
     text = str(text or "").strip()
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16] if text else ""
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()
 
 
 def printable(text: object) -> str:
@@ -51,17 +63,26 @@ def stem(name: str) -> str:
     return NIFTI_SUFFIX.sub("", name)
 
 
+def part_of(path: str | os.PathLike) -> Path:
+    """The temporary path beside a file or folder that this process, and no other on any host, writes first."""
+    path = Path(path)
+    ending = f".{socket.gethostname()}.{os.getpid()}.part"
+    has_room = len(os.fsencode(path.name + ending)) <= 255
+    return path.with_name((path.name if has_room else digest(path.name)) + ending)
+
+
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, shared: bool = False) -> Iterator[Path]:
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write to, which then replaces the file: a kill leaves the old file or the new one.
+
+    Several processes may write the file at the same time. What embeds its file's name in the content must be given an
+    open file, or that of host and process gets there.
 
     Args:
         path: of the file; its folder is created.
-        shared: several processes may write it at the same time, each to a temporary path of its own.
     """
-    path = Path(path)
+    path, part = Path(path), part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
         yield part
         os.replace(part, path)

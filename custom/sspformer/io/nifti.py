@@ -246,7 +246,7 @@ def save_like(volume: MetaTensor, path: str | Path, rounded: bool = True) -> Non
         image.set_sform(affine, "scanner")
         image.header.set_xyzt_units("mm")
 
-    with replacing(path) as part, gzip.open(part, "wb", compresslevel=1) as file:
+    with replacing(path) as part, part.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw) as file:  # without its name
         image.to_stream(file)
 
 
