@@ -147,14 +147,23 @@ class ResampleSpacingd(Spacingd):
 
     Before it allocates anything, it refuses a shape that does not fit, see
     :func:`sspformer.geometry.check_resampled_shape`.
+
+    Args:
+        args: of ``Spacingd``.
+        class_names: the labels of which the network gives scores on the new grid; they need memory, too.
+        kwargs: of ``Spacingd``.
     """
+
+    def __init__(self, *args, class_names: Sequence[str] | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.channels = len(class_names) + 1 if class_names else 0
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         own = {key: data[key] for key in self.keys if key in data}
         for image in super().__call__(own, lazy=True).values():
             spacing = " x ".join(f"{size:.3g}" for size in affine_to_spacing(image.peek_pending_affine()).tolist())
             name = image.meta.get("filename_or_obj", "the scan")
-            check_resampled_shape(image.peek_pending_shape(), f"a spacing of {spacing} mm", name)
+            check_resampled_shape(image.peek_pending_shape(), f"a spacing of {spacing} mm", name, self.channels)
         return {**data, **super().__call__(own, lazy)}
 
 

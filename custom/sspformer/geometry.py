@@ -20,7 +20,8 @@ MIN_DETERMINANT = 0.5  # of the unit axes
 
 # What resampling can make of it.
 LEAST_SIDES = (2, 4)  # voxels along the shortest side and along the longest
-BYTES_PER_VOXEL = 32  # the scan, its copies and the network's output
+BYTES_PER_VOXEL = 32  # the scan, its copies and an output of one channel
+BYTES_PER_CHANNEL = 4  # and voxel, of a network with more; measured with 18: 90 in all
 
 ROUNDING = 1e-3  # headers hold float32
 
@@ -73,13 +74,14 @@ def _likely_unit(spacing: np.ndarray) -> str:
     return ""
 
 
-def check_resampled_shape(shape: Sequence[int], option: str, name: str) -> None:
+def check_resampled_shape(shape: Sequence[int], option: str, name: str, channels: int = 0) -> None:
     """Whether the voxels that resampling makes of a scan are enough, and fit into the memory.
 
     Args:
         shape: voxels along each axis, after resampling.
         option: that asks for them, with its value.
         name: of the scan.
+        channels: of the network's output on that grid.
 
     Raises:
         ValueError: naming the scan, the option and the shape.
@@ -87,7 +89,8 @@ def check_resampled_shape(shape: Sequence[int], option: str, name: str) -> None:
     sides = "x".join(str(int(side)) for side in shape)
     if min(shape) < LEAST_SIDES[0] or max(shape) < LEAST_SIDES[1]:
         raise ValueError(f"{name}: {option} leaves {sides} voxels, too few to work on.")
-    need, free = math.prod(map(int, shape)) * BYTES_PER_VOXEL, free_memory()
+    need = math.prod(map(int, shape)) * (BYTES_PER_VOXEL + BYTES_PER_CHANNEL * channels)
+    free = free_memory()
     if need > free:
         raise ValueError(
             f"{name}: {option} makes {sides} voxels, which need {need / 1e9:.3g} GB of memory; {free / 1e9:.3g} GB are "

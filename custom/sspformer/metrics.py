@@ -326,7 +326,7 @@ def score_intervals(
     """Scores with 95 % confidence intervals: percentile bootstrap over subjects, who bring all their scans.
 
     Args:
-        score: as of :func:`scan_metrics`.
+        score: see :func:`scan_metrics`.
         pred, target: of N scans, as ``score`` takes them.
         subjects: whose scan each is.
         n_resamples: draws of subjects with replacement.

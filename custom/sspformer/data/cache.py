@@ -22,8 +22,6 @@ from ..io.files import digest, stats, write_atomically
 from ..io.load import files_of
 from ..saved import load_checked, save_atomically
 
-__all__ = ["CachedDataset", "CheckCache", "file_hashing"]
-
 logger = logging.getLogger("sspformer")
 
 CHECK_VERSION = 7  # raise it whenever the check changes, so that no result of an older one is used

@@ -44,7 +44,7 @@ def prepare_pairs(options: DatasetOptions) -> dict[str, list[dict]]:
     """The images with label maps to train, to validate and to test on.
 
     Returns:
-        {"training": [...], "validation": [...], "test": [...]}; items as of `prepare_datalist` with a "label" path.
+        {"training": [...], "validation": [...], "test": [...]}; items are those of `prepare_datalist`, with a "label".
 
     Raises:
         FileNotFoundError: when ``dataset_dir`` does not exist.

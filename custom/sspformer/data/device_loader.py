@@ -177,7 +177,7 @@ class DeviceLoader(Randomizable):
         self.set_random_state(0)
 
     def set_random_state(self, seed=None, state=None) -> DeviceLoader:
-        """As of MONAI's ``Randomizable``; the draws on the device start anew as well."""
+        """As in MONAI's ``Randomizable``; the draws on the device start again, too."""
         super().set_random_state(seed, state)
         self._seed = int(self.R.randint(2**31))
         for transform in self.augmentation:
@@ -221,7 +221,7 @@ class DeviceLoader(Randomizable):
             probed = len(items) >= min(PROBED, len(self.dataset))
             if self.residence == "auto" and probed and expected > MEMORY_SHARE * max(room.values()):
                 self.residence = "disk"
-                logger.info(f"{len(self.dataset)} scans need about {expected / 2**30:.3g} GiB: read anew for each crop")
+                logger.info(f"{len(self.dataset)} scans need about {expected / 2**30:.3g} GiB: read for each crop")
                 return
         if self.residence == "auto":
             self.residence = "device" if needed <= MEMORY_SHARE * room["device"] else "host"

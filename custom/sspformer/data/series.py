@@ -14,7 +14,7 @@ import numpy as np
 import pydicom
 from tqdm.contrib.concurrent import thread_map
 
-from ..io.dicom_in import dicom_frames, hash_voxels, header_text, quiet_dicom
+from ..io.dicom_in import as_number, dicom_frames, element, hash_voxels, header_text, open_dicom, quiet_dicom
 from ..io.errors import reason_of
 from ..io.files import digest, printable
 from .cache import CheckCache
@@ -30,20 +30,20 @@ UNCLEAR = (
 @quiet_dicom()
 def dicom_header(files: list[Path]) -> dict[str, str]:
     """What groups and names a DICOM file (a list of one); identifiers leave here only as hashes."""
-    ds = pydicom.dcmread(files[0], stop_before_pixels=True)
+    ds = open_dicom(files[0], pixels=False)
     return {
-        "series": digest(ds.get("SeriesInstanceUID")),
-        "instance": digest(ds.get("SOPInstanceUID")),
-        "study": digest(ds.get("StudyInstanceUID")),
-        "frame": digest(ds.get("FrameOfReferenceUID")),
-        "patient": digest(ds.get("PatientID")),
-        "person": digest([str(ds.get(key) or "") for key in ("PatientID", "PatientName", "PatientBirthDate")]),
+        "series": digest(element(ds, "SeriesInstanceUID")),
+        "instance": digest(element(ds, "SOPInstanceUID")),
+        "study": digest(element(ds, "StudyInstanceUID")),
+        "frame": digest(element(ds, "FrameOfReferenceUID")),
+        "patient": digest(element(ds, "PatientID")),
+        "person": digest([str(element(ds, key) or "") for key in ("PatientID", "PatientName", "PatientBirthDate")]),
         "place": _place(ds),
         "number": header_text(ds, "SeriesNumber") or "x",
         "modality": header_text(ds, "Modality"),
-        "image": "yes" if ds.get("Rows") or ds.get("SOPClassUID") in MR_STORAGE else "",
-        "enhanced": "yes" if int(ds.get("NumberOfFrames") or 1) > 1 else "",
-        "concatenation": digest(ds.get("ConcatenationUID")),
+        "image": "yes" if element(ds, "Rows") or element(ds, "SOPClassUID") in MR_STORAGE else "",
+        "enhanced": "yes" if as_number(element(ds, "NumberOfFrames")) > 1 else "",
+        "concatenation": digest(element(ds, "ConcatenationUID")),
     }
 
 

@@ -84,7 +84,7 @@ def prepare_test_targets(options: TargetOptions) -> list[dict]:
     """The scans to evaluate on, with their targets: the test split, else that for validation, else all.
 
     Returns:
-        items as of :func:`prepare_targets`.
+        items as :func:`prepare_targets` gives them.
     """
     table = options.read()
 
@@ -102,7 +102,7 @@ def target_classes(
 
     Args:
         weights: file of a trained network. If the record of its training is beside it, the names are taken from there.
-        dataset_dir, targets, target: as of :class:`TargetOptions`. Without a record the names are the sorted values of
+        dataset_dir, targets, target: see :class:`TargetOptions`. Without a record the names are the sorted values of
             the column.
     """
     record = Path(weights).with_name("checkpoint.json")

@@ -23,17 +23,6 @@ from ..networks.pretrained import load_weights
 from ..options import flag, is_null
 from ..saved import load_checked, save_atomically
 
-__all__ = [
-    "LoadCheckpoint",
-    "SaveBestModel",
-    "SaveCheckpoint",
-    "SaveEncoder",
-    "StrictCheckpointLoader",
-    "find_checkpoint",
-    "save_atomically",
-    "save_network",
-]
-
 logger = logging.getLogger("sspformer")
 
 

@@ -204,7 +204,7 @@ class InferenceReport:
 
     Args:
         output_dir: gets ``inference.csv``.
-        writers: as of :func:`mark_done`; empty: no records are written.
+        writers: see :func:`mark_done`; empty: no records are written.
     """
 
     COLUMNS = ("name", "status", "seconds", "reason", "source")

@@ -121,7 +121,7 @@ class ReconstructionPanel(Panel):
     """Masks and reconstructions of the first batch of a validation, see :class:`Panel`.
 
     Args:
-        output_dir, n_images, summary_writer: as of :class:`Panel`.
+        output_dir, n_images, summary_writer: see :class:`Panel`.
         mask: the mask strategy of the training, to show a mask of it as well; or None.
     """
 
@@ -145,7 +145,7 @@ class SegmentationPanel(Panel):
     """True and predicted labels, see :class:`Panel`.
 
     Args:
-        output_dir, n_images, separate, summary_writer: as of :class:`Panel`.
+        output_dir, n_images, separate, summary_writer: see :class:`Panel`.
         class_names: of the labels from 1 on; None: their numbers.
     """
 

@@ -122,7 +122,7 @@ class PredictionPanel(_Predictions, Panel):
     """The confusion matrix, or predicted against true numbers, of all scans of an evaluation, see :class:`Panel`.
 
     Args:
-        output_dir, summary_writer: as of :class:`Panel`.
+        output_dir, summary_writer: see :class:`Panel`.
         class_names: in the order of the network's outputs; empty: numbers.
         separate: the picture is ``pictures/predictions.png``, of no epoch.
         kwargs: not used; the configs give ``n_images`` to every panel.
@@ -178,7 +178,7 @@ class PredictionTable(InferenceReport):
 
     Args:
         output_dir: gets ``predictions.csv``.
-        writers: as of :func:`mark_done`; the first is a :class:`SavePredictiond`.
+        writers: see :func:`mark_done`; the first is a :class:`SavePredictiond`.
     """
 
     def __init__(self, output_dir: str | os.PathLike, writers: Sequence[SavePredictiond]) -> None:

@@ -20,14 +20,14 @@ class PrepareBatchOnDevice(PrepareBatch, Randomizable):
     """Base class: the images of a batch on the device, and a generator there.
 
     Args:
-        seed: of all draws; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+        seed: of all draws; :class:`sspformer.engines.SeedEpoch` sets a new one each epoch.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.set_random_state(seed)
 
     def set_random_state(self, seed=None, state=None) -> PrepareBatchOnDevice:
-        """As in MONAI's ``Randomizable``; the generator on the device starts anew, too."""
+        """As in MONAI's ``Randomizable``; the generator on the device starts again, too."""
         super().set_random_state(seed, state)
         self._generator: torch.Generator | None = None
         self._device_seed = int(self.R.randint(2**31))
@@ -56,7 +56,7 @@ class PrepareMaskedBatch(PrepareBatchOnDevice):
     Args:
         mask: a mask strategy, see :mod:`sspformer.transforms.masking`.
         noise: draws the noise; None, or "null" as a command line has it: the input is the clean image.
-        seed: of the noise and the masks; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+        seed: of the noise and the masks; :class:`sspformer.engines.SeedEpoch` sets a new one each epoch.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PrepareDegradedBatch(PrepareBatchOnDevice):
         degradation: called as ``degradation(image, spacing, generator, random_state)``, as
             :class:`sspformer.transforms.NoiseSampler` and :class:`sspformer.transforms.ResolutionSampler` are.
         margin: voxels at each end of each spatial axis; 0 for whole scans.
-        seed: of the degradation; :class:`sspformer.engines.SeedEpoch` sets it anew each epoch.
+        seed: of the degradation; :class:`sspformer.engines.SeedEpoch` sets a new one each epoch.
 
     Raises:
         ValueError: if ``margin`` is negative, or leaves nothing of a batch.

@@ -9,7 +9,7 @@ from .dicom_out import (
     import_highdicom,
     segmentation_to_dicom,
 )
-from .errors import Unusable, check_size, reason_of, size_text, without_ones
+from .errors import Unusable
 from .files import digest, output_path, replacing, sha256, stats, stem, write_atomically
 from .load import LoadScand, files_of, is_series
 from .nifti import SaveLikeInputd, read_nifti, save_like

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import re
 import threading
 import warnings
@@ -42,6 +43,24 @@ def header_text(ds: pydicom.Dataset, keyword: str) -> str:
     except Exception:  # its message would quote the value
         return ""
     return text if SHOWN[keyword].fullmatch(text) else ""
+
+
+def open_dicom(path: str | Path, pixels: bool = True) -> pydicom.Dataset:
+    """The elements of a DICOM file, with or without its pixels; raises `Unusable` if they cannot be told apart."""
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=not pixels)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # pydicom raises many types here
+        raise Unusable("truncated or corrupt: the elements of its DICOM header cannot be told apart") from error
+
+
+def element(ds: pydicom.Dataset, keyword: str) -> object:
+    """A value of the header, None if there is none; raises `Unusable` if its bytes are not what its field may hold."""
+    try:
+        return ds.get(keyword)
+    except Exception as error:  # pydicom raises many types here, and quotes the value
+        raise Unusable(f"corrupt {keyword} in the DICOM header") from error
 
 
 class quiet_dicom(contextlib.ContextDecorator):
@@ -123,12 +142,14 @@ def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = Tr
     """
     datasets, frames = [], []
     for i, path in enumerate(files):
-        ds = pydicom.dcmread(path, stop_before_pixels=not pixels)
+        ds = open_dicom(path, pixels)
         if (modality := header_text(ds, "Modality")) != "MR":
             raise Unusable(f"not MR: the DICOM modality is {modality or 'not given, or none of the standard'}")
-        if not ds.get("Rows") or not ds.get("Columns"):
+        if not as_number(element(ds, "Rows")) or not as_number(element(ds, "Columns")):
             raise Unusable(f"no pixel data in {Path(path).name}: truncated, or no image")
-        if int(ds.get("SamplesPerPixel") or 1) != 1 or "MONOCHROME" not in ds.get("PhotometricInterpretation", ""):
+        if as_number(element(ds, "SamplesPerPixel") or 1) != 1 or "MONOCHROME" not in str(
+            element(ds, "PhotometricInterpretation")
+        ):
             raise Unusable("a colour image (RGB or palette)")
         datasets.append(ds)
         if (ds.Rows, ds.Columns) != (datasets[0].Rows, datasets[0].Columns):
@@ -143,33 +164,33 @@ def read_stack(files: Sequence[str | Path], min_size: int = 2, pixels: bool = Tr
 
 def dicom_frames(ds: pydicom.Dataset) -> Iterator[dict]:
     """Geometry and rescaling of each frame of a DICOM file (one frame, unless it is enhanced); "thickness" may be 0."""
-    enhanced = ds.get("PerFrameFunctionalGroupsSequence")
-    if not enhanced and int(ds.get("NumberOfFrames") or 1) > 1:
+    enhanced = element(ds, "PerFrameFunctionalGroupsSequence")
+    if not enhanced and as_number(element(ds, "NumberOfFrames") or 1) > 1:
         raise Unusable("multi-frame DICOM without a position for each frame (convert it with dcm2niix)")
-    shared = (ds.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    shared = (element(ds, "SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
     for groups in [(frame, shared) for frame in enhanced] if enhanced else [()]:
-        look = partial(_header_value, ds, groups)
+        look = partial(_numbers, ds, groups)
         yield {
-            "position": np.array(look("PlanePositionSequence", "ImagePositionPatient"), float),
-            "orientation": np.array(look("PlaneOrientationSequence", "ImageOrientationPatient"), float),
-            "spacing": np.array(look("PixelMeasuresSequence", "PixelSpacing"), float),
-            "thickness": _number(look("PixelMeasuresSequence", "SliceThickness", 0.0)),
-            "slope": float(look("PixelValueTransformationSequence", "RescaleSlope", 1.0)),
-            "intercept": float(look("PixelValueTransformationSequence", "RescaleIntercept", 0.0)),
+            "position": look("PlanePositionSequence", "ImagePositionPatient", (3,)),
+            "orientation": look("PlaneOrientationSequence", "ImageOrientationPatient", (6,)),
+            "spacing": look("PixelMeasuresSequence", "PixelSpacing", (2,)),
+            "thickness": as_number(_header_value(ds, groups, "PixelMeasuresSequence", "SliceThickness")),
+            "slope": float(look("PixelValueTransformationSequence", "RescaleSlope", (), 1.0)),
+            "intercept": float(look("PixelValueTransformationSequence", "RescaleIntercept", (), 0.0)),
         }
 
 
 @quiet_dicom()
 def hash_voxels(files: Sequence[Path]) -> dict[str, str]:
     """{"voxels": hash} of the rescaled voxels of a DICOM file (a list of one)."""
-    ds = pydicom.dcmread(files[0])
+    ds = open_dicom(files[0])
     voxels = hashlib.sha256()
     for frame, image in zip(dicom_frames(ds), _dicom_pixels(ds, files[0].name), strict=True):
         voxels.update(np.ascontiguousarray(image.astype(np.float32) * frame["slope"] + frame["intercept"]))
     return {"voxels": voxels.hexdigest()}
 
 
-def _number(value: object) -> float:
+def as_number(value: object) -> float:
     """0 for anything else: nothing depends on it."""
     try:
         return float(value)
@@ -177,15 +198,32 @@ def _number(value: object) -> float:
         return 0.0
 
 
-def _header_value(
-    ds: pydicom.Dataset, groups: Sequence[pydicom.Dataset], macro: str, keyword: str, default: float | None = None
-):
-    """A value of the header; of an enhanced file: of its first functional group that has it in this macro."""
-    holders = [group[macro][0] for group in groups if group.get(macro)] if groups else [ds]
-    values = [value for holder in holders if (value := holder.get(keyword)) is not None]
-    if not values and default is None:
+def _numbers(
+    ds: pydicom.Dataset,
+    groups: Sequence[pydicom.Dataset],
+    macro: str,
+    keyword: str,
+    shape: tuple[int, ...],
+    default: float | None = None,
+) -> np.ndarray:
+    """Finite numbers of the header; raises `Unusable`, which names the keyword and does not quote the value."""
+    value = _header_value(ds, groups, macro, keyword)
+    if value is None and default is None:
         raise Unusable(f"no {keyword} in the DICOM header, so where its slices lie is unknown")
-    return values[0] if values else default
+    try:
+        numbers = np.array(default if value is None else value, float)
+    except (TypeError, ValueError):
+        numbers = np.array([])
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        count = math.prod(shape)
+        raise Unusable(f"invalid {keyword} in the DICOM header: not {count} finite number{'s' * (count > 1)}")
+    return numbers
+
+
+def _header_value(ds: pydicom.Dataset, groups: Sequence[pydicom.Dataset], macro: str, keyword: str):
+    """A value of the header; of an enhanced file: of its first functional group that has it in this macro."""
+    holders = [element(group, macro)[0] for group in groups if element(group, macro)] if groups else [ds]
+    return next((value for holder in holders if (value := element(holder, keyword)) is not None), None)
 
 
 def _stack_geometry(frames: list[dict]) -> tuple[np.ndarray, np.ndarray]:

@@ -161,8 +161,8 @@ class SaveImageDicomd(_SaveDicomd):
         keys: restored scan, one key: ``(1, X, Y, Z)`` on the file's axes, with affine to RAS mm.
         output_dir: gets the folder ``<name>_<postfix>``.
         postfix: of the result, also at the end of the series description.
-        method: as of :func:`image_to_dicom`.
-        number: as of :func:`image_to_dicom`.
+        method: see :func:`image_to_dicom`.
+        number: see :func:`image_to_dicom`.
 
     Raises:
         ImportError: if highdicom is missing, with what to install.

@@ -6,21 +6,10 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-__all__ = [
-    "digest",
-    "output_path",
-    "part_of",
-    "printable",
-    "replacing",
-    "sha256",
-    "stats",
-    "stem",
-    "write_atomically",
-]
 
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -80,14 +69,30 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path: of the file; its folder is created.
+
+    Raises:
+        OSError: on a full disk, naming the file, the room and what is safe.
     """
     path, part = Path(path), part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch raises a RuntimeError of its own
+        if not isinstance(cause, OSError) or cause.filename:
+            raise
+        raise _no_room(path, cause) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _no_room(path: Path, error: OSError) -> OSError:
+    """A write that failed, with its file, the room that there is, and what is safe."""
+    free = shutil.disk_usage(path.parent).free
+    safe = f"the {path.name} from before is whole" if path.exists() else "nothing half is left behind"
+    why = f"{error.strerror or error}: cannot write {path}, with {free / 1e6:,.0f} MB free in its folder; {safe}"
+    return OSError(error.errno, why) if error.errno else OSError(why)
 
 
 def output_path(name: str, output_dir: str | Path, postfix: str) -> Path:

@@ -19,8 +19,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["leave_folder", "own_folder"]
-
 logger = logging.getLogger("sspformer")
 
 _locks: dict[Path, int] = {}  # of this process: file descriptors, by folder

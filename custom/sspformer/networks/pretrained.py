@@ -5,23 +5,37 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..options import is_null
 from ..saved import load_checked
-
-__all__ = ["load_pretrained", "load_weights", "read_weights"]
 
 logger = logging.getLogger("sspformer")
 
 #: parts of a tensor's name that come from wrappers: DistributedDataParallel and torch.compile
 WRAPPERS = ("module", "_orig_mod")
 
-#: where checkpoints keep the weights: ours, Lightning's and many others'
-PLACES = ("network", "state_dict", "model")
+#: where checkpoints keep the weights: ours, Lightning's and many others', nnU-Net's
+PLACES = ("network", "state_dict", "model", "network_weights")
+
+#: other networks, by what only the names of their tensors have in them
+OTHERS = {
+    "swinViT": "SwinUNETR",
+    "encoder.stages": "nnU-Net",
+    "conv_blocks_context": "nnU-Net (version 1)",
+    "submodule": "MONAI's UNet",
+    "unit0": "MONAI's UNet",
+    "vit": "UNETR",
+    "convInit": "SegResNet",
+    "input_block": "DynUNet",
+    "final_conv": "BasicUNet",
+    "cls_token": "a ViT with a class token, such as those of timm or MAE",
+    "image_encoder": "SAM or MedSAM",
+}
 
 #: the weights that ship, in their folder
 SHIPPED = "SHA256SUMS"
@@ -47,6 +61,11 @@ def read_weights(path: str | Path, fix: str) -> dict[str, Tensor]:
         content = next((content[place] for place in PLACES if isinstance(content.get(place), dict)), content)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: write it with torch.save(network.state_dict(), path).")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise ValueError(
+            f"{path} holds no state dict, whose names are text, but {_short(odd[0])} among its names: write it with "
+            "torch.save(network.state_dict(), path)."
+        )
     return {_unwrapped(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -83,8 +102,10 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         "train the model first (configs/train.json writes models/model.pt in its output_dir), or name a file with "
         "--weights",
     )
-    _check_finite(source, path)
-    own = {_unwrapped(name): name for name in network.state_dict()}
+    state = network.state_dict()
+    _refuse_others(source, state, path)
+    _check_numbers(source, {_unwrapped(name): value for name, value in state.items()}, path)
+    own = {_unwrapped(name): name for name in state}
     try:
         network.load_state_dict({own.get(name, name): value for name, value in source.items()})
     except RuntimeError as error:
@@ -101,7 +122,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
                 "or the overlay that they were trained with."
             ) from None
         differ = [
-            f"{name} is {shapes.get(name, 'missing')} in the file and {wanted.get(name, 'missing')} in the network"
+            f"{_short(name)} is {shapes.get(name, 'missing')} in the file and {wanted.get(name, 'missing')} in the "
+            "network"
             for name in odd
         ]
         more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
@@ -151,6 +173,7 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
     # shares its memory with the network
     own = {_unwrapped(name): value for name, value in network.state_dict(prefix="encoder." if alone else "").items()}
     wanted = [name.removeprefix("encoder.") for name in own if name.startswith("encoder.")]
+    _refuse_others(source, own, path)
     inside, around = split_encoder(source, wanted)
     changed: dict[str, str] = {}
     if hasattr(encoder, "fit_weights"):
@@ -179,7 +202,7 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
             what, why = "skipped", f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here"
         rows.append((name, value, what, why))
     loaded = {name: value for name, value, what, _ in rows if what != "skipped"}
-    _check_finite(loaded, path)
+    _check_numbers(loaded, own, path)
     for name, value in loaded.items():
         own[name].copy_(value)  # and converts half precision
     rows += [(name, value, "not loaded", "stays as initialised") for name, value in own.items() if name not in loaded]
@@ -221,7 +244,41 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _check_finite(tensors: dict[str, Tensor], path: str | Path) -> None:
+def _short(name: object) -> str:
+    text = str(name) or "''"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse_others(source: Iterable[str], own: Iterable[str], path: str | Path) -> None:
+    """Raises if the names of a file's tensors are those of a network of another kind than one's own."""
+    theirs, ours = (
+        {kind for part, kind in OTHERS.items() if any(f".{part}." in f".{name}." for name in names)}
+        for names in (source, own)
+    )
+    if kinds := sorted(theirs - ours):
+        raise ValueError(
+            f"{path} holds weights of {kinds[0]}, and the network is another: give weights that this bundle wrote "
+            "(configs/train.json writes models/model.pt, configs/pretrain.json encoder.pt), or make --network_def that "
+            "network."
+        )
+
+
+def _kind(value: Tensor) -> tuple[bool, bool]:
+    return value.is_floating_point(), value.is_complex()
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises unless all tensors are dense and finite, and floating point where one's own are."""
+    for name, value in tensors.items():
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantized" if value.is_quantized else "sparse" if not value.is_meta else "without numbers (meta)"
+        elif name not in own or _kind(value) == _kind(own[name]):
+            continue
+        raise ValueError(
+            f"{path} holds no weights of this network: {_short(name)} is {kind}, and not dense floating point numbers; "
+            "write it with torch.save(network.float().state_dict(), path)."
+        )
     if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(
             f"the weights {path} are NaN or infinite in {len(broken)} of its tensors, such as {broken[0]}: the "
