@@ -5,10 +5,13 @@ with the preprocessing it was trained with. Nothing is built here."""
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser
+
+from sspformer.options import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundle" / "configs"
@@ -54,7 +57,7 @@ def test_a_config_is_read_at_once(file):
     lines = file.read_text().splitlines()
     assert max(map(len, lines)) <= 120
     entries = json.loads(file.read_text())
-    assert len(entries) <= 55 and sum(text.startswith("$") for text in strings(entries)) <= 46
+    assert len(entries) <= 55 and sum(text.startswith("$") for text in strings(entries)) <= 47
     assert "@task" not in file.read_text()  # a task is an overlay
 
 
@@ -90,28 +93,8 @@ def test_overlays_change_entries_that_there_are(overlays):
             assert is_used or any(first in base for base in bases), f"{key} of {overlay}.json has no effect"
 
 
-def test_the_page_of_options_names_entries_that_there_are():
-    page = (ROOT / "docs/options.md").read_text()
-    parts = dict(re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE))
-    where = {
-        "All": [["pretrain"], ["train"], ["inference"]],
-        "Data": [["train"]],
-        "Pretraining": [["pretrain"]],
-        "Fine": [["train"], ["train", "restoration", "super_resolution"], ["train", "whole_scan", "regression"]],
-        "Evaluation": [["train", *overlays, "evaluate"] for overlays in OVERLAYS],
-        "Inference": [["inference"], ["inference", "restoration", "super_resolution"]],
-    }
-    assert parts.keys() == where.keys()
-    for part, configs in where.items():
-        entries = [read(*names) for names in configs]
-        rows = re.findall(r"^\| (`.*?) \| (.*) \|$", parts[part], re.MULTILINE)
-        assert rows
-        names = [name for option, _ in rows for name in re.findall(r"`([\w#]+)`", option)]
-        names += [name for _, text in rows for name in re.findall(r"`(\w+#[\w#]+)(?: [\w.]+)?`", text)]
-        for name in names:
-            assert any(has(of_config, name.split("#")) for of_config in entries), f"{part}: {name}"
-
-
-def has(entries, path):
-    first, *rest = path
-    return first in entries and (not rest or has(entries[first], rest))
+def test_the_tables_of_options_are_made_from_the_schema():
+    script = runpy.run_path(str(ROOT / "scripts/options_page.py"))
+    for page in script["pages"]():
+        assert page.read_text() == script["page"](page), f"{page.name}: run python scripts/options_page.py"
+    assert {option.section for option in SCHEMA.values()} == set(script["SECTIONS"])

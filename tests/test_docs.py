@@ -130,9 +130,6 @@ def test_options_in_the_text_exist(page, workflows):
     simulate = (ROOT / "examples/federated/simulate.py").read_text()
     others |= set(re.findall(r"^    (\w+): .*[,=]", simulate, re.MULTILINE))
     names = re.findall(r"`--([A-Za-z_]\w*(?:#\w+)*)", text)
-    if page.name == "options.md":
-        cells = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
-        names += [name for cell in cells for name in re.findall(r"`([\w#]+)`", cell)]
     unknown = [name for name in names if name not in others and not any(has(entries, name) for entries in workflows)]
     assert unknown == []
 

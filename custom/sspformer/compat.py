@@ -24,11 +24,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.data.utils import affine_to_spacing
 from monai.handlers import MLFlowHandler
 from monai.transforms import Spacingd
+from monai.utils import ensure_tuple
 
 from .geometry import check_resampled_shape
 
@@ -39,6 +42,7 @@ __all__ = [
     "log_config",
     "original_error",
     "print_cause_last",
+    "running_config",
 ]
 
 # --- errors
@@ -81,6 +85,34 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
         message = next((line for line in reversed(lines) if not line.startswith(WRAPPERS)), message)
     if isinstance(cause, Exception):  # no KeyboardInterrupt
         print(f"\nerror: {message}", file=sys.stderr)
+
+
+# --- the config
+
+
+def running_config() -> tuple[ConfigParser, list[Path]]:
+    """The parser that evaluates the expression from which this is called, and the files of its config.
+
+    MONAI's expressions see single entries of their config, and a ``ConfigWorkflow`` does not keep the names of its
+    files; we know of no proposal. So both are taken from the callers. For a ``ConfigWorkflow`` that a program made,
+    the files are all those beside its first one.
+
+    Raises:
+        RuntimeError: outside of a config.
+    """
+    parser, files, frame = None, [], sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if parser is None and isinstance(owner, ConfigParser):
+            parser = owner
+        elif isinstance(owner, ConfigWorkflow):
+            files = sorted(owner.config_root_path.glob("*.json"))
+        elif frame.f_code is create_workflow.__code__:
+            files = [Path(file) for file in ensure_tuple(frame.f_locals["config_file"])]
+        frame = frame.f_back
+    if parser is None:
+        raise RuntimeError("running_config is for expressions of a config.")
+    return parser, files
 
 
 # --- MONAI Label

@@ -18,16 +18,16 @@ def test_words_of_a_command_line_are_converted_once():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"val_fraction": 1}, r"val_fraction must be in \[0, 1\), got 1"),
-        ({"val_fraction": "nan"}, "val_fraction must be in"),
-        ({"val_fraction": "few"}, "val_fraction cannot be 'few'"),
-        ({"seed": 2.7}, "seed cannot be 2.7"),
-        ({"max_subjects": True}, "max_subjects cannot be True"),
-        ({"skip_unreadable": "perhaps"}, "skip_unreadable cannot be 'perhaps'"),
-        ({"min_size": 1}, "min_size must be at least 2, got 1"),
-        ({"max_volumes": 0}, "max_volumes must be at least 1, got 0"),
-        ({"subject_pattern": "("}, "subject_pattern cannot be"),
-        ({"dataset_dir": None}, "dataset_dir cannot be None"),
+        ({"val_fraction": 1}, r"val_fraction takes a number in \[0, 1\), not 1"),
+        ({"val_fraction": "nan"}, r"val_fraction takes a number in \[0, 1\), not 'nan'"),
+        ({"val_fraction": "few"}, "val_fraction takes a number in .*, not 'few'"),
+        ({"seed": 2.7}, "seed takes an integer .*, not 2.7"),
+        ({"max_subjects": True}, "max_subjects takes .*, not True"),
+        ({"skip_unreadable": "perhaps"}, "skip_unreadable takes true or false, not 'perhaps'"),
+        ({"min_size": 1}, "min_size takes an integer of at least 2, not 1"),
+        ({"max_volumes": 0}, "max_volumes takes an integer of at least 1, not 0"),
+        ({"subject_pattern": "("}, "subject_pattern takes .* a regular expression, not '\\('"),
+        ({"dataset_dir": None}, "dataset_dir takes a path, not None"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(wrong, message):

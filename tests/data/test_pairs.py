@@ -221,10 +221,10 @@ def test_fewer_subjects_are_a_subset_of_more(tmp_path):
         names(prepare_pairs(tmp_path, tmp_path / "out", max_subjects=2, seed=seed)["training"]) for seed in range(4)
     ]
     assert len(set(map(frozenset, others))) > 1
-    for n in (0, 7):
-        assert f"max_subjects must be from 1 to 6, the subjects to train on, got {n}" in refused(
-            tmp_path, max_subjects=n, **options
-        )
+    assert "max_subjects must be from 1 to 6, the subjects to train on, got 7" in refused(
+        tmp_path, max_subjects=7, **options
+    )
+    assert "max_subjects takes an integer of at least 1 or all, not 0" in refused(tmp_path, max_subjects=0, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_wrong_places_and_arguments_are_explained(tmp_path):
         prepare_pairs(tmp_path / "flatt")
     folder(tmp_path / "set")
     assert "classes must be at least 2" in refused(tmp_path / "set", classes=1)
-    assert "val_fraction must be in [0, 1), got 1" in refused(tmp_path / "set", val_fraction=1)
+    assert "val_fraction takes a number in [0, 1), not 1" in refused(tmp_path / "set", val_fraction=1)
     file = dataset_json(tmp_path / "set", test=[pair("p1")])
     assert "nothing to train on in" in (message := refused(file)) and 'its list "training"' in message
     dataset_json(tmp_path / "set", training=[pair("p1"), pair("p9"), {"image": "images/p2.nii.gz"}])

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..options import flag, is_null
+from ..options import NULL, PATH, SCHEMA, either, integer, is_null
 
 MIN_SIZE = 2  # voxels along each side of any scan
 
 
-def _integer(value: object) -> int:
-    return int(str(value))  # int() alone would take 2.7
-
-
-def _or_none(convert: Callable) -> Callable:
-    return lambda value: None if is_null(value) else convert(value)
-
-
-def _suffixes(value: object) -> tuple[str, ...] | str:
-    suffixes = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else list(value)
-    if not suffixes or not all(re.fullmatch(r"[A-Za-z0-9]+", str(suffix)) for suffix in suffixes):
-        raise ValueError("give suffixes such as T1w, which have letters and digits alone")
-    return "all" if suffixes == ["all"] else tuple(map(str, suffixes))
-
-
-CONVERSIONS = {
-    "dataset_dir": lambda value: Path(value).absolute(),
-    "output_dir": _or_none(Path),
-    "classes": _or_none(lambda value: value),
-    "val_fraction": float,
-    "seed": _integer,
-    "max_subjects": _or_none(_integer),
-    "skip_unreadable": flag,
-    "subject_pattern": _or_none(lambda value: re.compile(str(value)).pattern),
-    "bids_suffixes": _or_none(_suffixes),
-    "min_size": _integer,
-    "max_volumes": _integer,
-    "num_workers": lambda value: max(1, _integer(value)),
+TAKES = {
+    **{name: SCHEMA[name].takes for name in ("val_fraction", "seed", "num_workers", "bids_suffixes")},
+    **{name: SCHEMA[f"data_options#{name}"].takes for name in ("max_subjects", "skip_unreadable", "subject_pattern")},
+    "dataset_dir": PATH,
+    "output_dir": either(NULL, PATH),
+    "min_size": integer(f"[{MIN_SIZE}, inf)"),
+    "max_volumes": integer("[1, inf)"),
 }
 
 
@@ -90,17 +68,13 @@ class DatasetOptions:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
-        for name, convert in CONVERSIONS.items():
-            value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, convert(value))  # the class is frozen for everybody else
-            except (TypeError, ValueError, re.error) as error:
-                raise ValueError(f"{name} cannot be {value!r}: {error}") from error
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}.")
-        for name, least in {"min_size": MIN_SIZE, "max_volumes": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        values = {"classes": None if is_null(self.classes) else self.classes}
+        for name, takes in TAKES.items():
+            values[name] = takes.of(name, getattr(self, name))
+        values |= {"dataset_dir": Path(values["dataset_dir"]).absolute(), "num_workers": max(1, values["num_workers"])}
+        values["output_dir"] = None if values["output_dir"] is None else Path(values["output_dir"])
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the class is frozen for everybody else
 
     @property
     def root(self) -> Path:

@@ -40,7 +40,7 @@ def split_subjects(found: Found, options: DatasetOptions) -> None:
     The same subjects and seed give the same draw, whatever the order of the files.
 
     Raises:
-        ValueError: when ``max_subjects`` exceeds the subjects to train on, or is below 1.
+        ValueError: when ``max_subjects`` exceeds the subjects to train on.
     """
     scans = found.usable
     if to_split := [scan for scan in scans if not scan.split]:
@@ -55,7 +55,7 @@ def split_subjects(found: Found, options: DatasetOptions) -> None:
     subjects = sorted({scan.subject for scan in scans if scan.split in ("training", "both")})
     if options.max_subjects is None or not subjects:
         return
-    if not 1 <= options.max_subjects <= len(subjects):
+    if options.max_subjects > len(subjects):
         raise ValueError(
             f"max_subjects must be from 1 to {len(subjects)}, the subjects to train on, got {options.max_subjects}."
         )
