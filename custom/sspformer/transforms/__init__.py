@@ -33,12 +33,9 @@ from .noise import (
 from .resolution import (
     DataConsistencyd,
     FourierResampled,
-    RandDownsampledCrop,
-    RandDownsampledCropd,
     RandReducedResolution,
     RandReducedResolutiond,
     ResolutionSampler,
     reduce_resolution,
 )
 from .seeded import SeededTransform, SeededTransformd
-from .skull_stripping import RandSkullStripd
