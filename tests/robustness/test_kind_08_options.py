@@ -262,7 +262,6 @@ def checked(*names, argv=(), **overrides):
         (["inference", "hippocampus"], {"batch_size": 3}),  # the overlay sets 8 for training
         (["train"], {"overwrite": True}),
         (["pretrain"], {"roi_size": [32, 32, 32]}),
-        (["train", "evaluate"], {"validate#max_scans": 3}),
     ],
     ids=str,
 )
@@ -307,6 +306,15 @@ def test_an_overlay_of_the_users_may_set_options_of_training_in_inference(tmp_pa
     checked("inference", overlay)
     overlay.write_text(json.dumps({"epoch": 40}))
     refused(checked, "train", overlay, says=["epoch", "epochs"])
+
+
+def test_an_option_may_make_another_one_idle(tmp_path):
+    """The name of a task is in the default of output_dir, and crop_size is that of roi_size."""
+    sides = {"crop_size": [48, 48, 48], "roi_size": [32, 32, 32]}
+    network = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 1}
+    for overlays in ([], ["restoration", "denoising"], ["restoration", "super_resolution"]):
+        checked("inference", *overlays, output_dir=str(tmp_path), name="mine", **sides)
+        checked("inference", *overlays, output_dir=str(tmp_path), network_def=network)
 
 
 def test_words_and_numbers_become_what_the_config_uses():
