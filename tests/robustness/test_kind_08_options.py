@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from monai.bundle import ConfigParser
 from odd_inputs import (
     BUNDLE,
@@ -20,7 +21,8 @@ from odd_inputs import (
     workflow,
 )
 
-from sspformer.engines import check_options
+from sspformer.engines import check_options, fast_bfloat16
+from sspformer.options import SCHEMA
 
 NAN = float("nan")
 
@@ -413,3 +415,19 @@ def test_the_docs_list_every_option_of_a_schema():
     assert page is not None
     text = page.read_text()
     assert all(f"--{name}" in text for name in schema)
+
+
+def test_a_device_is_taken_where_pytorch_finds_it(monkeypatch):
+    """Apple's GPU and others, which no test has: the choice alone."""
+    taken = SCHEMA["device"].takes
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device takes cpu, or a device that PyTorch finds.*not 'mps'"):
+        taken.of("--device", "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [taken.of("--device", device) for device in ("mps", "cpu", "cuda:1")] == ["mps", "cpu", "cuda:1"]
+    assert not fast_bfloat16("mps") and not fast_bfloat16(torch.device("mps"))  # some of its kernels are float32 alone
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs/inference.json"))
+    parser["device"] = "mps"
+    assert parser.get_parsed_content("amp") is False
