@@ -1,11 +1,13 @@
-"""Exports as users make them, with ``python -m monai.bundle``: TorchScript and ONNX give what the network gives on
-crops of a brain, in other batches and sizes than they were exported with; and as much of TensorRT as needs no GPU."""
+"""Exports as users make them, with ``python -m monai.bundle`` and ``python -m sspformer.export``: TorchScript,
+ONNX and torch.export give what the network gives on crops of a brain, in other batches and sizes than they were
+exported with; and as much of TensorRT as needs no GPU."""
 
 import csv
 import json
 import runpy
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser, ConfigWorkflow
 from nilearn import datasets
+
+from sspformer.networks import ExportedNetwork, ScanPredictor, SSPFormerEncoder, SSPFormerRestorer, export_network
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 #: overlays and weights of each task
@@ -176,6 +180,71 @@ def test_onnx_gives_what_the_network_gives(task, tmp_path, heads):
     assert_equal_networks(task, network_of(task), exported, heads)
 
 
+# torch.export
+
+
+@pytest.fixture(scope="session")
+def segmentation_pt2(tmp_path_factory):
+    """``python -m sspformer.export pt2``, from the bundle's folder, in this process."""
+    path = tmp_path_factory.mktemp("torch_export") / "model.pt2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(BUNDLE)
+        patch.setattr(sys, "argv", ["sspformer.export", "pt2", "--filepath", str(path)])
+        runpy.run_module("sspformer.export", run_name="__main__")
+    return path
+
+
+def test_an_exported_network_gives_what_the_network_gives(segmentation_pt2, heads):
+    network, exported = network_of("segmentation"), ExportedNetwork(segmentation_pt2)
+    with torch.no_grad():
+        for shape in [(1, 64, 64, 64), (2, 32, 40, 48), (3, 16, 16, 16)]:
+            image = crops(heads, "segmentation", shape)
+            assert torch.equal(exported(image), network(image))
+        with pytest.raises(AssertionError, match="Guard failed"):  # no multiple of the patch
+            exported(crops(heads, "segmentation", (1, 60, 64, 62)))
+
+
+@pytest.mark.parametrize("noise_scaled", [False, True])
+def test_an_exported_restorer_gives_what_it_gave(noise_scaled, heads):
+    """Small ones: the graph of a network as it ships takes 20 s."""
+    encoder = SSPFormerEncoder(3, 1, 8, dim=48, depth=2, num_heads=2)
+    network = SSPFormerRestorer(encoder, features=8, blocks=1, noise_scaled=noise_scaled).eval()
+    torch.nn.init.normal_(network.head.weight)
+    exported = export_network(network).module()
+    with torch.no_grad():
+        for shape in [(1, 48, 48, 48), (2, 32, 40, 48)]:
+            image = crops(heads, "denoising", shape)
+            assert torch.equal(exported(image), network(image))
+            assert (network(image) - image).abs().max() > 1e-3
+
+
+def test_exported_files_carry_the_configs_and_no_folder(segmentation_pt2):
+    files = {"inference.json": "", "metadata.json": ""}
+    torch.export.load(segmentation_pt2, extra_files=files)
+    assert json.loads(files["inference.json"]) == json.loads((BUNDLE / "configs/inference.json").read_text())
+    assert "channel_def" in files["metadata.json"]
+    with zipfile.ZipFile(segmentation_pt2) as archive:
+        assert not any(str(BUNDLE.parent).encode() in archive.read(name) for name in archive.namelist())
+
+
+def test_a_network_for_whole_scans_is_exported_for_its_sides():
+    """A share of its patches is part of the graph."""
+    network = ScanPredictor(SSPFormerEncoder(3, 1, 8, depth=2, dim=48, num_heads=2), out_channels=2).eval()
+    torch.nn.init.normal_(network.head.weight)
+    exported = export_network(network, [2, 1, 32, 40, 24]).module()
+    image = torch.rand(3, 1, 32, 40, 24)
+    with torch.no_grad():
+        assert torch.equal(exported(image), network(image))
+
+
+def test_what_is_no_exported_network_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.pt2: write it with"):
+        ExportedNetwork(tmp_path / "gone.pt2")
+    (tmp_path / "other.pt2").write_bytes((BUNDLE / "models/model.pt").read_bytes())
+    with pytest.raises(ValueError, match="other.pt2 is no network of torch.export, or damaged"):
+        ExportedNetwork(tmp_path / "other.pt2")
+
+
 # in place of the network, in the bundle's own workflow
 
 
@@ -193,7 +262,7 @@ def infer(folder, output, *overlays, **overrides):
     return np.asarray(nib.load(output / "brain_seg.nii.gz").dataobj)
 
 
-def test_an_exported_network_runs_in_the_workflow(scripted, heads, tmp_path, monkeypatch):
+def test_an_exported_network_runs_in_the_workflow(scripted, segmentation_pt2, heads, tmp_path, monkeypatch):
     """``inference_trt.json`` with TorchScript where the engine of TensorRT would be, and without its overlay."""
     brain = crops(heads, "segmentation", (1, 64, 64, 64))[0, 0].numpy()
     (tmp_path / "scans").mkdir()
@@ -204,6 +273,10 @@ def test_an_exported_network_runs_in_the_workflow(scripted, heads, tmp_path, mon
     path = str(scripted("segmentation"))
     options = {"weights": path, "network_def": "$torch.jit.load(@weights)", "load_weights": "false"}
     assert np.array_equal(infer(tmp_path / "scans", tmp_path / "ts", amp=False, **options), expected)
+
+    assert np.array_equal(
+        infer(tmp_path / "scans", tmp_path / "pt2", amp=False, weights=str(segmentation_pt2)), expected
+    )
 
     monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))  # it needs a GPU
     assert np.array_equal(infer(tmp_path / "scans", tmp_path / "trt", "inference_trt", weights=path), expected)

@@ -194,7 +194,7 @@ def _read_component(value: Any) -> Any:
 
 NAMES = Takes("a list of names", _read_names)
 SUFFIXES = Takes("`all` or BIDS suffixes", _read_suffixes)
-DEVICE = Takes("`cpu`, or a device that PyTorch finds, such as `cuda` or `cuda:1`", _read_device)
+DEVICE = Takes("`cpu`, or a device that PyTorch finds: `cuda`, `cuda:1`, ... or `mps`", _read_device)
 COMPONENT = Takes("parts of its own, set with `#`", _read_component)
 SHARE = _number("[0, 1]")
 PER_AXIS = _list(_number("(0, inf)"), 3)
@@ -227,7 +227,7 @@ SCHEMA: dict[str, Option] = {
                 "`validation`, else everything",
             ),
             "output_dir": (PATH, "gets everything that a run writes"),
-            "device": (DEVICE, "where it computes; guessed from the machine"),
+            "device": (DEVICE, "[where it computes](inference.md#devices); `cuda` if there is a GPU, else `cpu`"),
             "num_workers": (integer("[0, inf)"), "processes that load data; guessed from the machine"),
             "amp": (FLAG, "bfloat16 autocast; on where the device has it in hardware"),
             "encoder": (COMPONENT, "the encoder, or [one of your own](python.md)"),
@@ -387,7 +387,7 @@ SCHEMA: dict[str, Option] = {
             ),
         },
         "Evaluation": {
-            "weights": (PATH, "the model that is scored or that runs"),
+            "weights": (PATH, "the model that is scored or that runs; for inference also [a `.pt2`](export.md)"),
             "evaluation#tolerance": (_number("[0, inf)"), "mm, of the surface Dice"),
             "evaluation#largest_component": (FLAG, "as for inference"),
             "max_pictures": (integer("[0, inf)"), "subjects that get a picture"),
@@ -426,7 +426,7 @@ SCHEMA: dict[str, Option] = {
                 FLAG,
                 "super-resolution: keep the measured part of k-space exactly, which the weights that ship count on",
             ),
-            "load_weights": (FLAG, "`false` where `network_def` brings its own, as TensorRT's does"),
+            "load_weights": (FLAG, "`false` where the network brings its own, as a `.pt2` and TensorRT's do"),
         },
     }.items()
     for name, (takes, text) in rows.items()

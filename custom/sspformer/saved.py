@@ -77,6 +77,8 @@ def _check_sums(path: str | os.PathLike) -> None:
         names = {name.rpartition("/")[2] for name in archive.namelist()}
         if "constants.pkl" in names:
             raise _NoWeights("a TorchScript archive, of which torch.jit.load(path).state_dict() has the weights")
+        if "archive_format" in names:
+            raise _NoWeights("a network of torch.export, of which torch.export.load(path).state_dict has the weights")
         if "data.pkl" not in names:
             raise _NoWeights("a zip archive without weights: damaged, or a bundle or model that must be unpacked first")
         if broken := archive.testzip():

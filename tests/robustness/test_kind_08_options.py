@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from monai.bundle import ConfigParser
 from odd_inputs import (
     BUNDLE,
@@ -20,7 +21,8 @@ from odd_inputs import (
     workflow,
 )
 
-from sspformer.engines import check_options
+from sspformer.engines import check_options, fast_bfloat16
+from sspformer.options import SCHEMA
 
 NAN = float("nan")
 
@@ -260,7 +262,6 @@ def checked(*names, argv=(), **overrides):
         (["inference", "hippocampus"], {"batch_size": 3}),  # the overlay sets 8 for training
         (["train"], {"overwrite": True}),
         (["pretrain"], {"roi_size": [32, 32, 32]}),
-        (["train", "evaluate"], {"validate#max_scans": 3}),
     ],
     ids=str,
 )
@@ -305,6 +306,15 @@ def test_an_overlay_of_the_users_may_set_options_of_training_in_inference(tmp_pa
     checked("inference", overlay)
     overlay.write_text(json.dumps({"epoch": 40}))
     refused(checked, "train", overlay, says=["epoch", "epochs"])
+
+
+def test_an_option_may_make_another_one_idle(tmp_path):
+    """The name of a task is in the default of output_dir, and crop_size is that of roi_size."""
+    sides = {"crop_size": [48, 48, 48], "roi_size": [32, 32, 32]}
+    network = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 1}
+    for overlays in ([], ["restoration", "denoising"], ["restoration", "super_resolution"]):
+        checked("inference", *overlays, output_dir=str(tmp_path), name="mine", **sides)
+        checked("inference", *overlays, output_dir=str(tmp_path), network_def=network)
 
 
 def test_words_and_numbers_become_what_the_config_uses():
@@ -405,3 +415,19 @@ def test_the_docs_list_every_option_of_a_schema():
     assert page is not None
     text = page.read_text()
     assert all(f"--{name}" in text for name in schema)
+
+
+def test_a_device_is_taken_where_pytorch_finds_it(monkeypatch):
+    """Apple's GPU and others, which no test has: the choice alone."""
+    taken = SCHEMA["device"].takes
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device takes cpu, or a device that PyTorch finds.*not 'mps'"):
+        taken.of("--device", "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [taken.of("--device", device) for device in ("mps", "cpu", "cuda:1")] == ["mps", "cpu", "cuda:1"]
+    assert not fast_bfloat16("mps") and not fast_bfloat16(torch.device("mps"))  # some of its kernels are float32 alone
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs/inference.json"))
+    parser["device"] = "mps"
+    assert parser.get_parsed_content("amp") is False

@@ -64,9 +64,11 @@ def check_options(parser: ConfigParser, config_files: Sequence[str | os.PathLike
 
 
 def _unknown_entries(config: Mapping, config_files: Sequence[str | os.PathLike]) -> Iterator[str]:
-    references = set(_references(config))
     contents = [ConfigParser.load_config_file(file) for file in config_files]
-    contents = [content for content in contents if all(_has(config, key.lstrip("+")) for key in content)]
+    contents = [
+        content for content in contents if all(re.split("#|::", key.lstrip("+"))[0] in config for key in content)
+    ]
+    references = {one for part in (config, *contents) for one in _references(part)}  # an option may replace another's
 
     def is_used(name: str) -> bool:
         return any(f"{one}#".startswith(f"{name}#") or name.startswith(f"{one}#") for one in references)
