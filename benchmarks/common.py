@@ -130,9 +130,14 @@ def head_loader(images: Sequence[str], spacing: float) -> DataLoader:
 
 def segment(image: str | Path, output_dir: str | Path, **options) -> None:
     """Run the bundle's ``inference.json`` on a file, with the weights that ship."""
+    infer(image, output_dir, **options)
+
+
+def infer(image: str | Path, output_dir: str | Path, overlays: Sequence[str] = (), **options) -> None:
+    """Run inference of a task on a file or folder, with the weights that ship."""
     paths = {"bundle_root": str(BUNDLE), "dataset_dir": str(image), "output_dir": str(output_dir)}
-    config = str(BUNDLE / "configs" / "inference.json")
-    workflow = create_workflow(config_file=config, workflow_type="infer", **paths, **options)
+    configs = [str(BUNDLE / "configs" / f"{name}.json") for name in ("inference", *overlays)]
+    workflow = create_workflow(config_file=configs, workflow_type="infer", **paths, **options)
     workflow.run()
     workflow.finalize()
 

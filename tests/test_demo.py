@@ -152,7 +152,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("sspformer.demo._write_dicom", fail)
+    monkeypatch.setattr("sspformer.demo.write_series", fail)
     with pytest.raises(OSError, match="disk full"):
         make_demo_dataset(tmp_path / "set", n_subjects=2)
     assert not list(tmp_path.iterdir())

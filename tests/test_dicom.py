@@ -322,7 +322,7 @@ def test_every_structure_of_the_bundle_has_its_own_code():
     parser = ConfigParser()
     parser.read_meta(str(BUNDLE / "configs" / "metadata.json"))
     names = list(parser["_meta_"]["network_data_format"]["outputs"]["pred"]["channel_def"].values())[1:]
-    found = [dicom._codes_of(name)[1] for name in names]
+    found = [dicom.codes_of(name)[1] for name in names]
     assert len(set(found)) == len(names) == 17
     assert [name for name, code in zip(names, found) if code.scheme_designator != "SCT"] == [
         "ventral diencephalon and basal forebrain"  # of the two together there is none

@@ -186,6 +186,16 @@ def test_python_examples_run(name, monkeypatch):
         exec(compile(block, name, "exec"), namespace)
 
 
+def test_examples_of_other_packages_are_python_and_name_what_there_is():
+    """TorchIO and Lightning are in no environment of the tests; the blocks were run by hand."""
+    others = blocks(ROOT / "docs/python.md", "py")
+    assert len(others) == 2
+    for block in others:
+        names = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)}
+        used = {name for name in names if name.startswith(("SSPFormer", "load_"))}
+        assert all(hasattr(sspformer.networks, name) for name in used)
+
+
 def test_the_mask_of_the_example_pretrains(tmp_path):
     page = ROOT / "CONTRIBUTING.md"
     (tmp_path / "checkerboard.py").write_text(blocks(page, "python")[0])

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 from sspformer import engines, kspace, pictures
 from sspformer.data import find_inputs
-from sspformer.demo import _write_dicom
+from sspformer.demo import write_series
 from sspformer.engines import ScansFailed
 from sspformer.transforms import argmax_on_grid
 
@@ -249,7 +250,7 @@ def test_data_consistency_keeps_what_was_measured(tmp_path):
 
 def test_a_dicom_series_becomes_a_nifti_in_scanner_coordinates(tmp_path, threshold):
     affine = scan_affine((0, 1, 2), (-1, -1, 1), (2, 2, 2), (11, -7, 23))
-    _write_dicom(tmp_path / "series", "someone", (1000 * (phantom() > 0.3)).astype(np.uint16), affine, seed=0)
+    write_series(tmp_path / "series", "someone", (1000 * (phantom() > 0.3)).astype(np.uint16), affine, seed=0)
     infer(tmp_path / "series", tmp_path / "out", roi_size=[24, 32, 32], **threshold)
     (path,) = (tmp_path / "out").glob("*.nii.gz")
     image = nib.load(path)
@@ -270,6 +271,7 @@ def test_a_bad_file_is_reported_and_a_second_run_goes_on_where_the_first_stopped
         infer(scans, out, pictures=True, **threshold)
     assert isinstance(caught.value, RuntimeError)  # an ordinary one, which a program can catch
     assert [row["name"] for row in caught.value.rows] == ["b"] and caught.value.total == 3
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # from another process
     assert {name: row["status"] for name, row in report(out).items()} == {"a": "written", "b": "failed", "c": "written"}
     assert (out / "pictures/a_seg.png").stat().st_size > 1000
 
@@ -425,7 +427,7 @@ def test_weights_of_a_checkpoint_of_other_classes_of_another_task_and_of_a_diver
 def test_one_scan_of_a_datalist(tmp_path):
     affine = np.diag([2.0, 2, 2, 1])
     for name in ("a", "b"):
-        _write_dicom(tmp_path / "series" / name, name, (1000 * phantom()).astype(np.uint16), affine, seed=ord(name))
+        write_series(tmp_path / "series" / name, name, (1000 * phantom()).astype(np.uint16), affine, seed=ord(name))
     items = find_inputs(tmp_path / "series")
     assert len(items) == 2
     (tmp_path / "one.json").write_text(json.dumps({"test": [{"image": items[1]["image"]}]}))

@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 
 from .io.dicom_out import decimal_strings
 
-__all__ = ["LABELS", "make_demo_dataset", "make_demo_head"]
+__all__ = ["LABELS", "make_demo_dataset", "make_demo_head", "write_series"]
 
 VERSION = 3  # raise it when the images made from the same seed change
 
@@ -213,7 +213,7 @@ def _write_subject(folder: Path, name: str, template: tuple, index: int, seed: i
     image, labels = _scan(template, protocol, affine, shape, np.random.default_rng([seed, index]))
     _write_nifti(folder / "labels" / f"{name}.nii.gz", labels, affine)
     if as_dicom:
-        _write_dicom(folder / "images" / name, name, image, affine, seed)
+        write_series(folder / "images" / name, name, image, affine, seed)
     else:
         _write_nifti(folder / "images" / f"{name}.nii.gz", image, affine)
 
@@ -324,8 +324,16 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     nib.save(image, path)  # nibabel leaves file name and time out of the gzip header: same array, same bytes
 
 
-def _write_dicom(folder: Path, name: str, image: np.ndarray, affine: np.ndarray, seed: int) -> None:
-    """Writes an int16 volume (X, Y, Z) as a DICOM MR series, one file for each index along Z."""
+def write_series(folder: Path, name: str, image: np.ndarray, affine: np.ndarray, seed: int = 0) -> None:
+    """Writes a volume as a DICOM MR series, one file for each index along Z.
+
+    Args:
+        folder: is created.
+        name: of the patient; with ``seed`` it makes the identifiers.
+        image: (X, Y, Z), from 0 to 32767.
+        affine: (4, 4), from voxels to RAS, mm.
+        seed: see ``name``.
+    """
     to_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     directions = to_lps[:3, :3] / spacing

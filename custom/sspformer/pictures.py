@@ -38,12 +38,7 @@ COLORS = (
 
 
 #: title of a plot, and pattern of the columns in it
-CURVES = (
-    ("loss", r".*(loss|_error)"),
-    ("Dice", r".*dice.*"),
-    ("PSNR, dB", r".*psnr.*"),
-    ("SSIM", r".*ssim.*"),
-)
+CURVES = (("loss", r".*(loss|_error)"), ("Dice", r".*dice.*"), ("PSNR, dB", r".*psnr.*"), ("SSIM", r".*ssim.*"))
 
 #: the axis, and what follows a schedule
 NOT_DRAWN = ("epoch", "iteration", "learning_rate", "beta")

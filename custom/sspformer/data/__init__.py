@@ -19,14 +19,7 @@ No patient identity of a DICOM header reaches a name, a log or a file: a Patient
 """
 
 from .cache import CachedDataset, file_hashing
-from .datalist import (
-    LazyDatalist,
-    check_pairs,
-    prepare_datalist,
-    prepare_pairs,
-    prepare_test_pairs,
-    prepare_test_scans,
-)
+from .datalist import LazyDatalist, check_pairs, prepare_datalist, prepare_pairs, prepare_test_pairs, prepare_test_scans
 from .device_loader import DeviceLoader, ScanBuffer
 from .inputs import find_inputs
 from .labels import class_names, class_weights

@@ -218,7 +218,7 @@ def segmentation_to_dicom(
     algorithm = hd.AlgorithmIdentificationSequence(PRODUCT, codes.DCM.ArtificialIntelligence, __version__)
     segments = []
     for number, (name, color) in enumerate(zip(names, class_colors(len(names)), strict=True), 1):
-        category, kind = _codes_of(name)
+        category, kind = codes_of(name)
         segments.append(
             hd.seg.SegmentDescription(
                 segment_number=number,
@@ -466,7 +466,7 @@ def _new_series(source: Dataset, label: str, number: int) -> dict[str, Any]:
     }
 
 
-def _codes_of(name: str) -> tuple[Code, Code]:
+def codes_of(name: str) -> tuple[Code, Code]:
     """Category and type of a structure."""
     if name in STRUCTURE_CODES:
         return codes.SCT.AnatomicalStructure, getattr(codes.SCT, STRUCTURE_CODES[name])

@@ -43,11 +43,7 @@ class ScaleByPercentilesd(MapTransform, InvertibleTransform):
     NEAR_0 = (-0.05, 0.5)
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        lower: float | None = 0.5,
-        upper: float = 99.5,
-        allow_missing_keys: bool = False,
+        self, keys: KeysCollection, lower: float | None = 0.5, upper: float = 99.5, allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if lower is None and not 0 < upper <= 100:

@@ -1,0 +1,3 @@
+from app import SSPFormerApp
+
+SSPFormerApp().run()
