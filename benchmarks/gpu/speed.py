@@ -136,7 +136,7 @@ def pretrain(bench: Bench, size: str, image_size: int, patch: int, batch: int) -
         ms = bench.ms(stepper(network, backward))
         values = {"crops_s": 1000 * batch / ms, "share": work / ms / 1e9 / bench.ceiling, "gflop": work / batch / 1e9}
         seconds = time.monotonic() - start
-        compiled = compile and step._compiled is not step.loss
+        compiled = step.is_compiled
         bench.add("pretrain", name="ours", compiled=compiled, ms=ms, seconds=seconds, **values, **setting)
     prepared = bench.ms(lambda: prepare({"image": image}, bench.device))
     bench.add("prepare", ms=prepared, of_step=prepared / ms, **setting)

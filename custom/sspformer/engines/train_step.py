@@ -54,6 +54,11 @@ class TrainStep:
         self.network, self.loss_function, self.amp, self.backend = network, loss_function, amp, backend
         self._compiled: Any = None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the first step has compiled."""
+        return self._compiled not in (None, self.loss)
+
     def loss(self, inputs: Tensor, targets: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The loss of a batch, a scalar."""
         autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if self.amp else nullcontext()
@@ -82,9 +87,9 @@ class TrainStep:
         if self._compiled is None:
             wanted = batch[0].device.type == "cuda" if self.compile == "auto" else self.compile
             self._compiled = self._first(batch) if wanted else self.loss
-            if wanted and self._compiled is not self.loss:
+            if self.is_compiled:
                 logger.info("the training step is compiled")
-        if self._compiled is not self.loss:
+        if self.is_compiled:
             torch.compiler.cudagraph_mark_step_begin()
         loss = self._compiled(*batch)
         loss.backward()
