@@ -62,8 +62,8 @@ SPLITS = {"training": ["train"], "validation": ["val"], "test": ["test"]}
 SEEDS = {"frozen": (0, 1, 2), "fine-tuned": (0,)}
 #: encoder: the weights that it starts from
 ENCODERS = {"pretrained": BUNDLE / "models/pretrained/encoder.pt", "random": "null"}
-AUGMENTATION = ("flip", "affine", "contrast", "bias_field", "noise")
-SHARED = {f"train_transforms#{name}#prob": 0 for name in AUGMENTATION}
+SHARED = {f"crops#sampler#{name}": 0 for name in ("prob", "flip_prob", "margin")}
+SHARED |= {f"crops#augmentation#{name}#prob": 0 for name in ("contrast", "bias_field", "noise")}
 FROZEN = {"encoder#_target_": "benchmarks.ventricle_share.RememberingEncoder", "epochs": 8, "freeze_epochs": 8}
 FINE_TUNED = {"epochs": 3}
 RATES = {"frozen": (0.01, 0.03), "fine-tuned": (0.00001, 0.00005)}

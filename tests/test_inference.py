@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,7 @@ def test_a_bad_file_is_reported_and_a_second_run_goes_on_where_the_first_stopped
         infer(scans, out, pictures=True, **threshold)
     assert isinstance(caught.value, RuntimeError)  # an ordinary one, which a program can catch
     assert [row["name"] for row in caught.value.rows] == ["b"] and caught.value.total == 3
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # from another process
     assert {name: row["status"] for name, row in report(out).items()} == {"a": "written", "b": "failed", "c": "written"}
     assert (out / "pictures/a_seg.png").stat().st_size > 1000
 

@@ -34,7 +34,8 @@ TRAINING = {
     "freeze_epochs": 12,  # features of a random encoder suffice here
     "learning_rate": 0.03,
     "pretrained": "null",
-    **{f"train_transforms#{name}#prob": 0.0 for name in ("affine", "contrast", "bias_field", "noise")},
+    **{"crops#sampler#prob": 0.0, "crops#sampler#margin": 0.0},
+    **{f"crops#augmentation#{name}#prob": 0.0 for name in ("contrast", "bias_field", "noise")},
 }
 OVERLAYS = {"training": ["train"], "evaluating": ["train"], "inference": ["inference"]}
 
@@ -193,13 +194,13 @@ def test_a_frozen_encoder_stays_bit_identical_and_is_what_the_head_is_standardis
     pretrained = SSPFormerEncoder(**ENCODER).state_dict()
     torch.save(pretrained, tmp_path / "encoder.pt")
     options = {"pretrained": str(tmp_path / "encoder.pt"), "epochs": 2, "freeze_epochs": 2, "target": "age"}
-    options["train_transforms#flip#prob"] = 0.0
+    options["crops#sampler#flip_prob"] = 0.0
     parser = train("regression", bids, tmp_path / "out", **options)
     network, dataset = (parser.get_parsed_content(name) for name in ("network_def", "train#dataset"))
     assert all(torch.equal(value, pretrained[name]) for name, value in network.encoder.state_dict().items())
     assert network.head.weight.abs().sum() > 0
     with torch.no_grad():
-        pooled = torch.cat([network.pool(torch.as_tensor(item["image"])[None]) for item in dataset])
+        pooled = torch.cat([network.pool(torch.as_tensor(item["image"]).float()[None]) for item in dataset])
     torch.testing.assert_close(network.token_mean, pooled.mean(0), rtol=1e-3, atol=1e-4)
 
 

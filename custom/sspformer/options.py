@@ -268,6 +268,26 @@ SCHEMA: dict[str, Option] = {
             "optimizer#params#weight_decay": (_number("[0, inf)"), "of AdamW, for matrices alone"),
             "val_fraction": (_number("[0, 1)"), "share of the subjects held out for validation; 0 for none"),
             "val_interval": (integer("[1, inf)"), "epochs between two validations"),
+            "crops": (COMPONENT, "how crops are drawn and changed"),
+            "crops#sampler": (COMPONENT, "where crops lie, and how they are scaled, turned and flipped"),
+            "crops#sampler#scale": (_range("(0, inf)"), "spacing of a crop over that of its scan, drawn for each axis"),
+            "crops#sampler#rotate": (_number("[0, inf)"), "largest rotation about each axis, in rad"),
+            "crops#sampler#flip_prob": (
+                either(SHARE, _list(SHARE, 2, 3)),
+                "share of crops mirrored along each axis, the first from left to right; `0` where label values tell "
+                "left from right",
+            ),
+            "crops#augmentation": (COMPONENT, "what is done to whole batches of crops, by name, in this order"),
+            "data_on_device": (
+                _words("auto", "device", "host", "disk"),
+                "where the scans lie while crops are drawn; `auto`: the first of the others in which they take at most "
+                "half of the free memory",
+            ),
+            "compile": (
+                either(_words("auto"), FLAG),
+                "compile the training step; `auto`: on a GPU. Where that fails the log says why, and the step runs as "
+                "it is",
+            ),
             "validate#max_scans": (either(integer("[1, inf)"), ALL), "validate on this many held-out scans at most"),
             "crop_size": (_list(SIDES, 2, 3), "sides of the crops in voxels; for super-resolution with the `margin`"),
             "spacing": (
@@ -296,7 +316,7 @@ SCHEMA: dict[str, Option] = {
             "max_spacing": (PER_AXIS, "mm; axes with a larger spacing are resampled"),
             "spacing_jitter": (
                 _list(_number("(0, inf)"), 2, ascending=True),
-                "crops are between these shares of `crop_size`, drawn for each axis, and are resized to it",
+                "voxel size of a crop over that of its scan, drawn for each axis",
             ),
             "mask_ratio": (_number("(0, 1)"), "share of the patches that is hidden"),
             "beta": (_number("(-inf, inf)"), "preference of the masks for high-frequency patches; 0 for uniform masks"),
@@ -353,16 +373,8 @@ SCHEMA: dict[str, Option] = {
             "roi_size": (_list(SIDES, 3), "sides of the sliding window in voxels"),
             "inferer#overlap": (_number("[0, 1)"), "share by which windows overlap"),
             "validate#sw_batch_size": (integer("[1, inf)"), "windows at a time"),
-            "train_transforms": (COMPONENT, "the augmentation, by name"),
-            "train_transforms#flip#prob": (
-                SHARE,
-                "share of crops mirrored left to right; 0 where label values tell left from right",
-            ),
-            "train_transforms#affine#rotate_range": (
-                either(_number("(-inf, inf)"), _list(_number("(-inf, inf)"), 3)),
-                "largest rotation about each axis, in rad",
-            ),
-            "train_transforms#skull_strip#prob": (SHARE, "share of crops without the skull"),
+            "crops#foreground": (SHARE, "share of voxels that are no air, which a crop is to have"),
+            "crops#augmentation#skull_strip#prob": (SHARE, "share of crops without the skull"),
             "degradation": (
                 either(NULL, COMPONENT),
                 "restoration: what is done to the clean scan during training; `sigma` as a share of the intensity "

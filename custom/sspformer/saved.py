@@ -49,7 +49,7 @@ def load_checked(path: str | os.PathLike, fix: str, map_location: torch.device |
     """``torch.load`` with ``weights_only``, once the check sums of the file's zip archive are found right.
 
     ``torch.load`` alone does not look at them: it takes flipped bits for numbers. The format from before torch 1.6 has
-    no check sums; such a file is loaded, and the log says so.
+    no check sums, nor has safetensors; such a file is loaded, and the log says so.
 
     Args:
         path: of the file.
@@ -68,7 +68,8 @@ def load_checked(path: str | os.PathLike, fix: str, map_location: torch.device |
     except Exception as error:  # torch raises many types here: pickle's, zip's, RuntimeError, EOFError
         raise ValueError(f"{path} is {_what(Path(path), error)}: {fix}.") from error
     if not head.startswith(b"PK"):
-        logger.warning(f"{path} is in the format from before torch 1.6, without check sums: damage would not show")
+        kind = "a safetensors file" if Path(path).suffix == ".safetensors" else "in the format from before torch 1.6"
+        logger.warning(f"{path} is {kind}, without check sums: damage would not show")
     return content
 
 

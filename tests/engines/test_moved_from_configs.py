@@ -27,7 +27,7 @@ from sspformer.engines import (
     warmup_cosine,
 )
 from sspformer.metrics import reconstruction_metrics, surface_metrics
-from sspformer.transforms import NoiseSampler, crop_range
+from sspformer.transforms import NoiseSampler
 
 ITEMS = [{"image": "a.nii", "name": "a"}, {"image": "b.nii"}]
 
@@ -124,13 +124,6 @@ def test_history_has_the_highest_rate(tmp_path):
             **{"epoch": "1", "iteration": "1", "train_loss": "1.0"},
             **{"learning_rate": "0.3", "beta": "0.5"},
         }
-
-
-def test_crops_have_three_sides_and_slices_one_voxel_in_the_last():
-    assert crop_range([96, 64, 10], (0.75, 1.33)) == ([72, 48, 8], [127, 85, 13])
-    assert crop_range([96, 64], (1, 1)) == ([96, 64, 1], [96, 64, 1])
-    with pytest.raises(ValueError, match="ascending"):
-        crop_range([96, 64], (1.33, 0.75))
 
 
 def test_the_first_process_writes_and_the_others_do_not(monkeypatch, tmp_path):

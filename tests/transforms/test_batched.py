@@ -13,7 +13,6 @@ from sspformer.transforms import (
     BatchedNoise,
     BatchedResolution,
     BatchedSkullStrip,
-    RandSkullStripd,
 )
 
 
@@ -68,16 +67,33 @@ def test_bias_field_has_the_terms_of_monai():
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_skulls_are_stripped_as_one_by_one():
-    before = batch(60)
-    after = BatchedSkullStrip(1.0, margin=2)(before, seeded())["image"]
-    one_by_one = RandSkullStripd("image", prob=1.0, margin=2)
-    wanted = set()
-    for seed in range(40):
-        one_by_one.set_random_state(seed)
-        wanted.add(int((one_by_one({n: v[0] for n, v in before.items()})["image"] > 0).sum()))
-    found = {int(n) for n in (after > 0).flatten(1).sum(1)}
-    assert len(wanted) == 3 and found == wanted
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_what_lies_further_from_the_labels_than_the_margin_becomes_air(ndim):
+    label = torch.zeros(60, 1, *[12] * ndim)
+    label[(..., *[slice(4, 8)] * ndim)] = 2
+    before = {"image": torch.ones_like(label), "label": label}
+    after = BatchedSkullStrip(1.0, margin=2)(before, seeded())
+    sides = {round(float(n) ** (1 / ndim)) for n in after["image"].flatten(1).sum(1)}
+    assert sides == {4, 6, 8}  # margins of 0, 1 and 2 voxels
+    assert after["image"][label > 0].all() and torch.equal(after["label"], label)
+    empty = {"image": torch.ones_like(label), "label": torch.zeros_like(label)}
+    assert not BatchedSkullStrip(1.0)(empty, seeded())["image"].any()
+
+
+def test_the_noise_of_a_scan_falls_with_the_volume_of_the_voxels():
+    transform = BatchedDownsampling((32, 32, 32), factor=2.0)
+    noise = torch.randn(1, 1, *transform.window, generator=seeded())
+    data = {"image": noise, "spacing": torch.ones(1, 3), "affine": torch.eye(4)[None]}
+    assert float(transform(data, seeded())["image"].std()) == pytest.approx(8**-0.5, rel=0.05)
+
+
+def test_prob_is_the_share_of_crops_that_are_made_coarser():
+    transform = BatchedDownsampling((8, 8, 8), factor=2.0, prob=0.4)
+    n = 200
+    data = {"image": torch.rand(n, 1, *transform.window), "spacing": torch.ones(n, 3)}
+    after = transform({**data, "affine": torch.eye(4).repeat(n, 1, 1)}, seeded())
+    spacings = after["spacing"][:, 0].tolist()
+    assert set(spacings) == {1.0, 2.0} and 50 <= spacings.count(2.0) <= 110
 
 
 @pytest.mark.parametrize("bad", [{"prob": 1.2}, {"gamma": (2, 1)}])

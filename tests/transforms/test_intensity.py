@@ -34,7 +34,7 @@ def test_a_small_object_is_scaled_by_its_maximum_in_all_workflows(workflow, tmp_
     parser = ConfigParser()
     files = ("train", "evaluate") if workflow == "evaluate" else (workflow,)
     parser.read_config([str(CONFIGS / f"{name}.json") for name in files])
-    parser.config["keys"] = ["image"]
+    parser.config |= {"keys": ["image"], "bundle_root": str(CONFIGS.parent)}
     preprocessing = Compose(parser.get_parsed_content("preprocessing"))
     image = preprocessing({"image": str(tmp_path / "scan.nii.gz")})["image"]
     assert (image.min(), image.max()) == (0, 1)

@@ -311,8 +311,7 @@ def test_sampler_draws_within_its_ranges(monkeypatch):
     assert float(sigma.mean()) == pytest.approx(0.035, abs=5 * 0.03 / math.sqrt(12 * 3200))
     assert all((d["alpha"] == 0.5).all() for d in drawn)
     moving = [d["motion"] for d in drawn if d["motion"] is not None]
-    n_moving = sum(len(m.frequency) for m in moving)
-    assert abs(n_moving - 1600) < 5 * math.sqrt(3200 / 4)  # binomial(3200, 0.5): each sample moves or not
+    assert {len(m.frequency) for m in moving} == {8}  # always the same share of a batch
     assert {m.axis for m in moving} == {0, 1, 2}
     peak = torch.cat([m.displacement for m in moving]).norm(dim=-1)
     hertz = torch.cat([m.frequency for m in moving])
@@ -473,3 +472,13 @@ def test_log_sigma_draws_weak_and_strong_noise_alike():
     assert abs(float((sigma < 0.01).float().mean()) - 0.5) < 0.03
     with pytest.raises(ValueError, match="log_sigma needs sigma above 0"):
         NoiseSampler(sigma=(0.0, 0.1), log_sigma=True)
+
+
+def test_a_share_that_is_no_whole_number_of_samples_is_rounded_at_random(monkeypatch):
+    moving = []
+    record = lambda image, **settings: moving.append(len(image) if settings["motion"] else 0) or image  # noqa: E731
+    monkeypatch.setattr("sspformer.transforms.noise.frequency_weighted_noise", record)
+    sampler, random_state = NoiseSampler(motion_prob=0.25), np.random.RandomState(0)
+    for _ in range(400):
+        sampler(torch.zeros(3, 1, 4, 4, 4), None, None, random_state)
+    assert set(moving) == {0, 1} and abs(sum(moving) - 300) < 5 * math.sqrt(400 * 0.75 * 0.25)

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,17 +39,14 @@ class ScanBuffer:
 
     Args:
         items: dictionaries with MetaTensors ``(1, X, Y, Z)`` at ``keys``, all of an item on one grid. Types are kept:
-            float16 or uint8 save memory.
+            float16 or uint8 save memory. Entries that are numbers, such as a target, are kept as well.
         keys: entries to keep.
-        numbers: entries of one number a scan to keep, such as a target.
 
     Raises:
         ValueError: if an item has several channels, is not 3D, or its keys differ in shape.
     """
 
-    def __init__(
-        self, items: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("image",), numbers: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, items: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("image",)) -> None:
         first = [item[keys[0]] for item in items]
         for item in items:
             shapes = {tuple(item[key].shape) for key in keys}
@@ -60,7 +58,7 @@ class ScanBuffer:
         self.voxels = {
             key: torch.cat([torch.as_tensor(item[key]).as_subclass(Tensor).flatten() for item in items]) for key in keys
         }
-        self.numbers = {name: torch.tensor([item[name] for item in items]) for name in numbers}
+        self.numbers = {name: torch.tensor([item[name] for item in items]) for name in _numbers(items[0])}
         self.shape = torch.tensor([scan.shape[1:] for scan in first])
         self.offset = self.shape.prod(dim=1).cumsum(0) - self.shape.prod(dim=1)
         self.affine = torch.stack([torch.as_tensor(scan.affine, dtype=torch.float32).cpu() for scan in first])
@@ -129,7 +127,6 @@ class DeviceLoader(Randomizable):
         device: of the network.
         crops_per_scan: crops of each scan in an epoch.
         keys: entries to crop; integers by the nearest voxel.
-        numbers: entries of one number a scan, such as a target, that go with its crops.
         augmentation: callables ``(batch, generator) -> batch`` that run on the whole batch, in this order.
         residence: where the scans lie: "device", "host" or "disk"; "auto": the first of these of whose free memory they
             take at most half.
@@ -153,7 +150,6 @@ class DeviceLoader(Randomizable):
         device: torch.device | str = "cpu",
         crops_per_scan: int = 1,
         keys: Sequence[str] = ("image",),
-        numbers: Sequence[str] = (),
         augmentation: Sequence[Callable[[dict, torch.Generator], dict]] = (),
         residence: str = "auto",
         foreground: float = 0.0,
@@ -170,7 +166,6 @@ class DeviceLoader(Randomizable):
             raise ValueError("there is no scan to take crops of.")
         self.dataset, self.crop, self.batch_size, self.device = dataset, crop, batch_size, torch.device(device)
         self.crops_per_scan, self.keys, self.augmentation = crops_per_scan, tuple(keys), tuple(augmentation)
-        self.numbers = tuple(numbers)
         self.residence, self.num_workers = residence, num_workers
         self.foreground, self.threshold = foreground, threshold
         self._buffer: ScanBuffer | None = None
@@ -182,7 +177,7 @@ class DeviceLoader(Randomizable):
         self._seed = int(self.R.randint(2**31))
         for transform in self.augmentation:
             if isinstance(transform, Randomizable):
-                transform.set_random_state(seed, state)
+                transform.set_random_state(None if seed is None else seed + idist.get_rank(), state)
         return self
 
     def __len__(self) -> int:
@@ -191,21 +186,22 @@ class DeviceLoader(Randomizable):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.prepare()
         where = self.device if self.residence == "device" else torch.device("cpu")
-        generator = torch.Generator(where).manual_seed(self._seed)
+        # all processes draw the places of the global batch; each augments its own part
+        generators = [torch.Generator(where).manual_seed(self._seed + n) for n in (0, 1 + idist.get_rank())]
         n_global = self.batch_size * idist.get_world_size()
         n_crops = len(self) * n_global
         order = self.R.permutation(len(self.dataset) * self.crops_per_scan)[:n_crops] % len(self.dataset)
         order = torch.from_numpy(order).long()
         order = order.repeat(-(-n_crops // len(order)))[:n_crops].reshape(-1, n_global)
         if self.residence == "device":
-            yield from (self.draw(self._buffer, index, generator) for index in order.to(where))
+            yield from (self.draw(self._buffer, index, *generators) for index in order.to(where))
             return
         with ThreadPoolExecutor(1) as thread:  # one, so that the batches keep the generator's order
-            ahead = deque(thread.submit(self._draw_on_host, index, generator) for index in order[:PREFETCH])
+            ahead = deque(thread.submit(self._draw_on_host, index, *generators) for index in order[:PREFETCH])
             for index in itertools.chain(order[PREFETCH:], [None] * min(PREFETCH, len(order))):
                 batch = ahead.popleft().result()
                 if index is not None:
-                    ahead.append(thread.submit(self._draw_on_host, index, generator))
+                    ahead.append(thread.submit(self._draw_on_host, index, *generators))
                 yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def prepare(self) -> None:
@@ -215,7 +211,7 @@ class DeviceLoader(Randomizable):
         workers = {"num_workers": self.num_workers, "batch_size": None, "collate_fn": _unchanged}
         items, needed, room = [], 0.0, {"device": _free(self.device), "host": _free(torch.device("cpu"))}
         for item in tqdm(DataLoader(self.dataset, **workers), "reading scans", disable=None):
-            items.append({key: item[key] for key in (*self.keys, *self.numbers)})
+            items.append({key: item[key] for key in (*self.keys, *_numbers(item))})
             needed += sum(item[key].nbytes for key in self.keys)
             expected = needed / len(items) * len(self.dataset)
             probed = len(items) >= min(PROBED, len(self.dataset))
@@ -225,19 +221,22 @@ class DeviceLoader(Randomizable):
                 return
         if self.residence == "auto":
             self.residence = "device" if needed <= MEMORY_SHARE * room["device"] else "host"
-        self._buffer = ScanBuffer(items, self.keys, self.numbers)
+        self._buffer = ScanBuffer(items, self.keys)
         if self.residence == "device":
             self._buffer.to(self.device)
         where = self.device if self.residence == "device" else "the host"
         logger.info(f"{len(items)} scans lie on {where}: {self._buffer.nbytes / 2**30:.3g} GiB")
 
-    def draw(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(
+        self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator, own_generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """This process's part of a batch.
 
         Args:
             buffer: of the scans.
             index: numbers of the scans of the whole global batch.
-            generator: on their device.
+            generator: of the places of all crops, on their device.
+            own_generator: of the augmentation of this process's crops, there too.
 
         Returns:
             crops ``(B, 1, *crop_size)``, ``affine`` (B, 4, 4) and ``spacing`` (B, len(crop_size)), augmented.
@@ -249,7 +248,7 @@ class DeviceLoader(Randomizable):
         if self.crop.spatial_dims == 2:
             batch |= {key: batch[key][..., 0] for key in self.keys} | {"spacing": batch["spacing"][:, :2]}
         for transform in self.augmentation:
-            batch = transform(batch, generator)
+            batch = transform(batch, own_generator)
         return batch
 
     def place(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -267,13 +266,17 @@ class DeviceLoader(Randomizable):
         chosen = enough.to(torch.uint8).argmax(dim=0)
         return matrix.reshape(TRIES, -1, 3, 4)[chosen, torch.arange(len(index), device=index.device)]
 
-    def _draw_on_host(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _draw_on_host(self, index: Tensor, *generators: torch.Generator) -> dict[str, Tensor]:
         buffer = self._buffer
         if buffer is None:  # a buffer of this batch alone
             scans, index = index.unique(return_inverse=True)
-            buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys, self.numbers)
-        batch = self.draw(buffer, index, generator)
+            buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys)
+        batch = self.draw(buffer, index, *generators)
         return {n: v.pin_memory() for n, v in batch.items()} if self.device.type == "cuda" else batch
+
+
+def _numbers(item: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in item.items() if isinstance(value, Real)]
 
 
 def _unchanged(item: Any) -> Any:

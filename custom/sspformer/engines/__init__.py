@@ -11,7 +11,7 @@ from .checkpoints import (
     save_network,
 )
 from .checks import check_options, check_settings, check_sides
-from .distributed import join_processes, local_device, of_this_process
+from .distributed import join_processes, leave_processes, local_device, of_this_process, process_rank
 from .handlers import FreezeEncoder, GradientClipping, Progress, SeedEpoch, Validation
 from .history import History
 from .inference import InferenceDataset, InferenceEvaluator, InferenceReport, ResultWriter, ScansFailed, mark_done

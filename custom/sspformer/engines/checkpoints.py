@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
@@ -41,7 +42,8 @@ class LoadCheckpoint:
         load_dict: name to object with ``load_state_dict``; ``network`` is one of them.
         data: what is trained on, a list of items with ``image``, and perhaps ``label`` and ``name``. Their files are
             known by their SHA-256, wherever they lie; only those whose path, size or times changed are read again.
-        settings: what else must be the same for the run to go on, see :func:`find_checkpoint`.
+        settings: what else must be the same for the run to go on, see :func:`find_checkpoint`. ``batch_size`` is that
+            of one process; compared is that of all together, so the number of processes may change.
         resume: False: start afresh.
         map_location: device that the checkpoint is loaded to.
         validation: what is validated on, as ``data``.
@@ -73,6 +75,8 @@ class LoadCheckpoint:
             **settings,
             HASHES: {_state(file): value for file, value in hashes.items()},
         }
+        if "batch_size" in settings:
+            settings["batch_size"] *= idist.get_world_size()
         self.found = find_checkpoint(str(path), flag(resume), settings)
         self.load_dict, self.map_location = load_dict, map_location
 

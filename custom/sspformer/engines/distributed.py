@@ -29,16 +29,32 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def join_processes(device: torch.device | str) -> None:
+def process_rank() -> int:
+    """Number of this process, from 0; 0 for a single one."""
+    return idist.get_rank()
+
+
+def join_processes(device: torch.device | str) -> bool:
     """Join the other processes that torchrun has started; all but the first log warnings alone.
 
     Args:
         device: of this process.
+
+    Returns:
+        whether this call joined them, for :func:`leave_processes`; False if they had been joined already.
     """
     on_gpu = torch.device(device).type == "cuda"
-    if not torch.distributed.is_initialized():
+    joined = not torch.distributed.is_initialized()
+    if joined:
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     if on_gpu:
         torch.cuda.set_device(device)
     if torch.distributed.get_rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
+    return joined
+
+
+def leave_processes(joined: bool | None) -> None:
+    """Leave the other processes, if :func:`join_processes` joined them."""
+    if joined and torch.distributed.is_initialized():
+        idist.finalize()

@@ -41,9 +41,12 @@ class ScansFailed(RuntimeError):
     show_traceback = False  # read by sspformer.compat.print_cause_last
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
-        lines = [f"  {row['source'] or row['name']}: {row['reason']}" for row in rows]
-        super().__init__("\n".join([f"{len(rows)} of {total} scans failed:", *lines]))
+        super().__init__(rows, total)  # what a copy in another process is made from
         self.rows, self.total = list(rows), total
+
+    def __str__(self) -> str:
+        lines = [f"  {row['source'] or row['name']}: {row['reason']}" for row in self.rows]
+        return "\n".join([f"{len(self.rows)} of {self.total} scans failed:", *lines])
 
 
 def mark_done(

@@ -49,8 +49,10 @@ def standardize_head(trainer: SupervisedTrainer) -> None:
             image, target = trainer.prepare_batch(batch, trainer.state.device)
             pooled.append(trainer.inferer(image, network.pool).cpu())
             targets.append(target.cpu())
-    target = torch.cat(targets)
-    network.standardize(torch.cat(pooled), target if target.is_floating_point() else None)
+    loader = trainer.data_loader
+    n = len(loader.dataset) * getattr(loader, "crops_per_scan", 1)  # more would be what fills up the last batch
+    target = torch.cat(targets)[:n]
+    network.standardize(torch.cat(pooled)[:n], target if target.is_floating_point() else None)
 
 
 class _Predictions:

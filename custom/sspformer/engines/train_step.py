@@ -13,6 +13,8 @@ from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
+from ..options import flag
+
 logger = logging.getLogger("sspformer")
 
 
@@ -45,10 +47,11 @@ class TrainStep:
         compile: bool | str = "auto",
         backend: str = "inductor",
     ) -> None:
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be true, false or auto, got {compile!r}.")
-        self.network, self.loss_function, self.amp = network, loss_function, amp
-        self.compile, self.backend = compile, backend
+        try:
+            self.compile = "auto" if compile == "auto" else flag(compile)
+        except ValueError:
+            raise ValueError(f"compile must be true, false or auto, got {compile!r}.") from None
+        self.network, self.loss_function, self.amp, self.backend = network, loss_function, amp, backend
         self._compiled: Any = None
 
     def loss(self, inputs: Tensor, targets: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:

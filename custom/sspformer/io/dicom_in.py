@@ -63,7 +63,7 @@ def element(ds: pydicom.Dataset, keyword: str) -> object:
         raise Unusable(f"corrupt {keyword} in the DICOM header") from error
 
 
-class quiet_dicom(contextlib.ContextDecorator):
+class quiet_dicom(contextlib.ContextDecorator):  # noqa: N801 (used as a function is)
     """Silences the warnings of pydicom and highdicom, which quote the header: a patient's name must reach no log.
 
     A context manager or decorator. Several threads may be inside at a time; the last to leave restores the settings.

@@ -267,13 +267,18 @@ def _kind(value: Tensor) -> tuple[bool, bool]:
     return value.is_floating_point(), value.is_complex()
 
 
+def _holds_integers(value: Tensor, own: Tensor) -> bool:
+    """Whether integers came back as floating point numbers, as from the averages of federated learning."""
+    return not own.is_floating_point() and value.is_floating_point() and bool((value == value.round()).all())
+
+
 def _check_numbers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises unless all tensors are dense and finite, and floating point where one's own are."""
     for name, value in tensors.items():
         kind = str(value.dtype).removeprefix("torch.")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             kind = "quantized" if value.is_quantized else "sparse" if not value.is_meta else "without numbers (meta)"
-        elif name not in own or _kind(value) == _kind(own[name]):
+        elif name not in own or _kind(value) == _kind(own[name]) or _holds_integers(value, own[name]):
             continue
         raise ValueError(
             f"{path} holds no weights of this network: {_short(name)} is {kind}, and not dense floating point numbers; "

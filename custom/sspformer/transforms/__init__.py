@@ -8,7 +8,7 @@ from .batched import (
     BatchedResolution,
     BatchedSkullStrip,
 )
-from .crops import CropSampler, crop_range, resample
+from .crops import CropSampler, resample
 from .grid import InvertArgmaxd, KeepOnlyAffined, argmax_on_grid
 from .intensity import BlendByNoiseLeveld, ScaleByPercentilesd
 from .masking import (
@@ -33,12 +33,9 @@ from .noise import (
 from .resolution import (
     DataConsistencyd,
     FourierResampled,
-    RandDownsampledCrop,
-    RandDownsampledCropd,
     RandReducedResolution,
     RandReducedResolutiond,
     ResolutionSampler,
     reduce_resolution,
 )
 from .seeded import SeededTransform, SeededTransformd
-from .skull_stripping import RandSkullStripd

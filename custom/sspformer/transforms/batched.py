@@ -125,8 +125,10 @@ class BatchedResolution(_Batched):
 class BatchedDownsampling(_Batched):
     """Crops on a coarser grid: k-space is cropped and the voxels grow, each sample by a factor of its own.
 
-    Noise falls and the anatomy stays real, see :class:`sspformer.transforms.RandDownsampledCrop`. The Fourier
-    transforms of all lengths are products with Dirichlet kernels, so one launch an axis serves the whole batch.
+    The noise of a scan falls with the square root of the voxel volume, while the anatomy stays real: such a crop is
+    cleaner than the scan, and has more structure in each voxel. The Fourier transforms of all lengths are products with
+    Dirichlet kernels, so one launch an axis serves the whole batch. A few voxels at each end, where the transform wraps
+    around, are cut off.
 
     Args:
         crop_size: sides of the crops afterwards.
@@ -220,8 +222,10 @@ class BatchedNoise(_Batched, Randomizable):
 
 
 class BatchedSkullStrip(_Batched):
-    """Set images to 0 outside their labelled structures and a few voxels around them, as
-    :class:`sspformer.transforms.RandSkullStripd` does.
+    """Set images to 0 outside their labelled structures and a few voxels around them.
+
+    A network that has only seen whole heads takes the black around a stripped brain for anatomy. A crop without labels
+    becomes air.
 
     Args:
         prob: share of the images that are changed.

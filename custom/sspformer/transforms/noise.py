@@ -138,15 +138,16 @@ def _uniform(bounds: tuple[float, float], *shape: int, generator: torch.Generato
 class NoiseSampler:
     """Draws the parameters of :func:`frequency_weighted_noise` for every sample of a batch, and applies it.
 
-    A range is ``(low, high)``, drawn uniformly for each sample, or one number. Each sample moves with probability
-    ``motion_prob``. Loaders shuffle, so the samples that move are the first of the batch; the others cost no Fourier
-    transform. All samples of a batch have one phase-encode axis.
+    A range is ``(low, high)``, drawn uniformly for each sample, or one number. A share ``motion_prob`` of each batch
+    moves, rounded at random where it is no whole number of samples, so that shapes hardly ever change. Loaders shuffle,
+    so the samples that move are the first of the batch; the others cost no Fourier transform. All samples of a batch
+    have one phase-encode axis.
 
     Args:
         sigma: standard deviation of the thermal noise, a fraction of the intensity range.
         alpha: exponent of its frequency weight.
         eps0: see :func:`noise_weight`.
-        motion_prob: probability of physiological motion, 0 to 1.
+        motion_prob: share of the samples with physiological motion, 0 to 1.
         breathing: peak displacement by breathing (0.2 to 0.35 Hz), mm.
         heartbeat: peak displacement by the heartbeat (0.9 to 1.6 Hz), mm.
         modulation: relative modulation of the signal, 0 to 1; half of it by each of the two.
@@ -211,7 +212,7 @@ class NoiseSampler:
             random_state: for the axis and the number of samples that move.
         """
         axis = int(random_state.randint(image.ndim - 2))
-        n_moving = random_state.binomial(image.shape[0], self.motion_prob)
+        n_moving = int(image.shape[0] * self.motion_prob + random_state.uniform())  # in most batches always the same
         spacing = kspace.as_spacing(spacing, image)
         self.drawn = {"sigma": torch.empty(0, device=image.device)}
         parts = [

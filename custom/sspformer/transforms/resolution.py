@@ -3,9 +3,6 @@
 :func:`sspformer.kspace.reduce_resolution` is the pure, batched function; :class:`ResolutionSampler` draws its factors
 for a batch, :class:`RandReducedResolution` for one image and :class:`RandReducedResolutiond` for the entries of a
 dictionary. The degradation of the denoising task is the noise of :mod:`sspformer.transforms.noise`.
-
-:class:`RandDownsampledCrop` makes the clean images of both tasks: scans have noise of their own, which fewer lines of
-k-space on a coarser grid leave behind.
 """
 
 from __future__ import annotations
@@ -17,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.config.type_definitions import NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable, SpatialPad
-from monai.utils import convert_to_tensor, ensure_tuple_rep
+from monai.transforms import MapTransform
+from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from .. import kspace
@@ -126,119 +122,6 @@ class RandReducedResolutiond(SeededTransformd):
 
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False, **kwargs) -> None:
         super().__init__(keys, RandReducedResolution(**kwargs), prob, allow_missing_keys, shared=True)
-
-
-class RandDownsampledCrop(Randomizable):
-    """A random crop of one image ``(C, *S)`` on a coarser grid, made by cropping k-space.
-
-    The noise of the scan falls with the square root of the voxel volume, while the anatomy stays real. The crop is
-    therefore cleaner than the scan, has more structure in each voxel, and differs for each factor. It is taken a few
-    voxels larger and then trimmed, because a Fourier transform wraps around at the ends.
-
-    Args:
-        roi_size: voxels of the crop along each axis. A smaller scan is mirrored at its ends.
-        factor: voxel size of the crop over that of the scan, at least 1: a number, or a range ``(low, high)`` from
-            which it is drawn uniformly.
-        prob: share of the crops that become coarser; the others keep the scan's voxels.
-        max_spacing: mm; axes with larger voxels keep them. An image without spacing has voxels of 1 mm.
-        threshold: intensity above which a voxel is not air.
-        foreground: share of such voxels, 0 to 1, that a crop should have; its place is drawn again up to ``TRIES``
-            times. Air is learned soon, and would then dominate a loss that weighs all crops alike.
-
-    Raises:
-        ValueError: if ``roi_size`` is not above 0 or does not fit the image, the range of factors is not ascending or
-            starts below 1, or ``prob`` or ``foreground`` is outside [0, 1].
-    """
-
-    WRAP = 4  # voxels of the coarser grid that are trimmed
-    TRIES = 8
-
-    def __init__(
-        self,
-        roi_size: Sequence[int],
-        factor: float | tuple[float, float] = (1.0, 2.0),
-        prob: float = 1.0,
-        max_spacing: float = 1.5,
-        threshold: float = 0.1,
-        foreground: float = 0.0,
-    ) -> None:
-        self.roi_size = tuple(int(side) for side in np.atleast_1d(roi_size))
-        if min(self.roi_size) < 1:
-            raise ValueError(f"roi_size must be above 0 along each axis, got {roi_size}.")
-        if not 0 <= prob <= 1 or not 0 <= foreground <= 1:
-            raise ValueError(f"prob and foreground must be between 0 and 1, got {prob} and {foreground}.")
-        self.factor = checked_range("factor", factor, 1, math.inf)
-        self.prob, self.max_spacing = prob, max_spacing
-        self.threshold, self.foreground = threshold, foreground
-
-    def randomize(self, data: Tensor) -> None:
-        """Draw the factor of each axis and the place of the crop."""
-        if data.ndim - 1 != len(self.roi_size):
-            raise ValueError(f"roi_size {self.roi_size} does not fit an image of {data.ndim - 1} axes.")
-        spacing = kspace.spacing_of(data)
-        spacing = np.ones(data.ndim - 1) if spacing is None else spacing.numpy()
-        factor = self.R.uniform(*self.factor) if self.R.uniform() < self.prob else 1.0
-        self._factors = np.where(spacing <= self.max_spacing, factor, 1.0)
-        wrap = np.where(self._factors > 1, self.WRAP, 0)
-        sides = np.array(data.shape[1:])
-        lengths = np.minimum(sides, np.round((np.array(self.roi_size) + 2 * wrap) * self._factors).astype(int))
-        for _ in range(self.TRIES):
-            starts = [self.R.randint(room + 1) for room in sides - lengths]
-            self._window = [slice(start, start + int(n)) for start, n in zip(starts, lengths)]
-            if self.foreground <= 0:
-                break
-            some = data[(slice(None), *(slice(w.start, w.stop, 2) for w in self._window))]
-            if float((some > self.threshold).float().mean()) >= self.foreground:
-                break
-
-    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> Tensor:
-        img = convert_to_tensor(img, track_meta=True)
-        if randomize:
-            self.randomize(img)
-        crop = img.as_subclass(Tensor)[(slice(None), *self._window)].float()  # cached scans have half precision
-        inner, size, before, step = [slice(None)], [], [], []
-        for length, wanted, factor in zip(crop.shape[1:], self.roi_size, self._factors, strict=True):
-            size.append(max(1, round(length / factor)))
-            step.append(length / size[-1])
-            kept = min(wanted, size[-1])
-            first = (size[-1] - kept) // 2
-            inner.append(slice(first, first + kept))
-            before.append((wanted - kept) // 2)
-        crop = kspace.fourier_resample(crop[None], size)[0][tuple(inner)]
-        crop = torch.as_tensor(SpatialPad(self.roi_size, mode="symmetric")(crop)).as_subclass(Tensor)
-        if not isinstance(img, MetaTensor):
-            return crop
-        # first voxel of the crop, in voxels of the scan; resampling and mirroring do not move it
-        corner = [w.start + (i.start - b) * s for w, i, b, s in zip(self._window, inner[1:], before, step)]
-        affine, axes = img.affine.clone(), len(step)  # MONAI's affines are 4 x 4 in 2D, too
-        affine[:axes, -1] += affine[:axes, :axes] @ torch.tensor(corner, dtype=affine.dtype)
-        affine[:axes, :axes] *= torch.tensor(step, dtype=affine.dtype)
-        return MetaTensor(crop, affine=affine)
-
-
-class RandDownsampledCropd(Randomizable, MapTransform):
-    """Dictionary twin of :class:`RandDownsampledCrop`; all keys get the same crop and factor.
-
-    Args:
-        keys: entries to crop, on one grid.
-        allow_missing_keys: do not raise if a key is missing.
-        kwargs: see :class:`RandDownsampledCrop`.
-    """
-
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, **kwargs) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        self.transform = RandDownsampledCrop(**kwargs)
-
-    def set_random_state(self, seed=None, state=None) -> RandDownsampledCropd:
-        super().set_random_state(seed, state)
-        self.transform.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for i, key in enumerate(self.key_iterator(d)):
-            d[key] = self.transform(d[key], randomize=i == 0)
-        return d
 
 
 class FourierResampled(MapTransform):

@@ -1,0 +1,213 @@
+"""Does pretraining pay with tokens of 8 mm? The runs of the study that a GPU does, in the order of their worth.
+
+    python -m benchmarks.gpu.study --out OUT --data DATA [--minutes 9] [--smoke]
+
+Protocol, fixed before the runs. Data: the 110 training scans of IXI (and the mixed ones where they are packed) at 2 mm,
+unlabelled for pretraining; 5 of the 110 with labels, drawn by seed; Dice of 17 structures over the 15 validation
+subjects. Test subjects are not on the machine. Each seed has a pretraining of its own.
+
+1. *Recipe*, seed 0: learning rates 0.0003, 0.0007, 0.0015, 0.003 for scratch with patches of 8, scratch with patches of
+   4, and the encoder of random masks (layer decay 0.65); 3,000 steps. Each arm keeps its best rate in what follows.
+2. *Arms*, seeds 0 to 2, 6,000 steps, validated every 500: scratch (the better patch), random masks, scheduled masks
+   (beta 0.5), random masks without noise, scheduled masks without noise.
+3. *Why 48^3 lost*, seed 0: the recipe of the random-mask arm with crops of 48^3, and with layer decay 0.5 and 1.
+4. *Rotation* in pretraining (0.26 rad), seed 0.
+5. *More labels*: 20 and 110 subjects, seeds 0 to 2, three arms.
+
+Pretraining: 1,500 steps of 48 crops of 64^3. Each finished run is a line of ``results.jsonl``: its name, settings, the
+Dice by step, steps to 95 % of its own best, and seconds. Encoders are kept in half precision, five at most; one that is
+needed later is trained again. A run that does not fit into the minutes that are left, judged by the last of its kind,
+is left to the next piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import BUNDLE, facts
+
+#: files that may lie in OUT beside the tables
+ENCODERS = 5
+RATES = (0.0003, 0.0007, 0.0015, 0.003)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pretraining or fine-tuning; ``encoder`` names the pretraining that a fine-tuning starts from."""
+
+    name: str
+    kind: str  # "pretrain" or "segment"
+    seed: int = 0
+    encoder: str | None = None
+    steps: int = 0
+    options: dict = field(default_factory=dict)
+
+
+def pretraining(arm: str, seed: int) -> Run:
+    """A pretraining of an arm."""
+    options: dict = {"beta": 0.0 if arm.startswith("random") else 0.5}
+    if arm.endswith("clean"):
+        options["noise"] = "null"
+    if arm.endswith("rotated"):
+        options["crops#sampler#rotate"] = 0.26
+    return Run(f"pretrain_{arm}_{seed}", "pretrain", seed, steps=1500, options=options)
+
+
+def segmentation(arm: str, seed: int, labels: int, rate: float, steps: int, **options) -> Run:
+    """A fine-tuning of an arm, from its own seed's pretraining."""
+    scratch = arm.startswith("scratch")
+    extra = "".join(f"_{key.split('#')[-1]}{value}" for key, value in options.items())
+    settings = {"learning_rate": rate, "layer_decay": 1.0 if scratch else 0.65, "data_options#max_subjects": labels}
+    settings["encoder#patch_size"] = 8 if arm.endswith("8") else 4
+    name = f"segment_{arm}_{seed}_{labels}_{rate}_{steps}{extra}".replace(" ", "")
+    encoder = None if scratch else f"pretrain_{arm}_{seed}"
+    return Run(name, "segment", seed, encoder, steps, settings | options)
+
+
+def queue(results: dict[str, dict]) -> list[Run]:
+    """All runs in their order; later ones use the best rates of the recipe, as far as it is there."""
+    runs = [pretraining("random", 0)]
+    recipe = [segmentation(arm, 0, 5, rate, 3000) for rate in RATES for arm in ("scratch8", "scratch4", "random")]
+    runs += recipe
+
+    def best(arms: tuple[str, ...]) -> tuple[str, float] | None:
+        of_arms = [run for run in recipe if run.name.split("_")[1] in arms]
+        if not all(run.name in results for run in of_arms):
+            return None
+        top = max(of_arms, key=lambda run: results[run.name]["best"])
+        return top.name.split("_")[1], top.options["learning_rate"]
+
+    scratch, random = best(("scratch8", "scratch4")), best(("random",))
+    if scratch is None or random is None:
+        return runs
+    arms = ("random", "scheduled", "random-clean", "scheduled-clean")
+    for labels in (5, 20, 110):
+        for seed in range(3):
+            runs.append(segmentation(scratch[0], seed, labels, scratch[1], 6000))
+            for arm in arms if labels == 5 else arms[:2]:
+                runs += [pretraining(arm, seed), segmentation(arm, seed, labels, random[1], 6000)]
+        if labels == 5:
+            runs.append(segmentation("random", 0, 5, random[1], 3000, crop_size=[48, 48, 48]))
+            runs += [segmentation("random", 0, 5, random[1], 3000, layer_decay=decay) for decay in (0.5, 1.0)]
+            runs += [pretraining("random-rotated", 0), segmentation("random-rotated", 0, 5, random[1], 6000)]
+    return list({run.name: run for run in runs}.values())
+
+
+def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> list[str]:
+    """The bundle's own workflow with the settings of a run."""
+    options = {
+        "cache_dir": data / "cache",
+        "dataset_dir": data / "brain.json",
+        "output_dir": out,
+        "seed": run.seed,
+        "bundle_root": ".",
+    }
+    crop = run.options.get("crop_size", [16] * 3 if smoke else [64] * 3)
+    subjects = 2 if smoke else run.options.get("data_options#max_subjects", 110)
+    steps = 2 if smoke else run.steps
+    if run.kind == "pretrain":
+        config = "['configs/pretrain.json']"
+        batch, per_epoch = (2, 2) if smoke else (48, 150)
+        options |= {"spacing": [2, 2, 2], "min_spacing": [2, 2, 2], "max_spacing": [2, 2, 2], "encoder#patch_size": 4}
+        options |= {"encoder_path": out / "encoder.pt", "learning_rate": 0.001}
+        scans = len(json.loads((data / "brain.json").read_text())["training"])
+    else:
+        config = "['configs/train.json']"
+        batch, per_epoch, scans = (1, 2, subjects) if smoke else (4, 500, subjects)
+        options["pretrained"] = "null" if run.encoder is None else encoders / f"{run.encoder}.pt"
+    epochs = max(1, steps // per_epoch)
+    options |= {
+        "epochs": epochs,
+        "batch_size": batch,
+        "crop_size": crop,
+        "val_interval": 1 if run.kind == "segment" else epochs,
+    }
+    options["crops_per_scan"] = max(1, round(per_epoch * batch / scans))
+    options |= {key: value for key, value in run.options.items() if key != "crop_size"}
+    if smoke and run.kind == "segment":  # few windows of one scan
+        options |= {"data_options#max_subjects": subjects, "roi_size": [64] * 3, "validate#max_scans": 1}
+    words = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", config]
+    return [str(word) for word in words + [word for key, value in options.items() for word in (f"--{key}", value)]]
+
+
+def outcome(run: Run, out: Path) -> dict:
+    """What a finished run says: scores by step."""
+    with (out / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if run.kind == "pretrain":
+        return {"masked_error": float(rows[-1]["masked_error"]), "high": float(rows[-1]["high_frequency_error"])}
+    curve = [[int(row["iteration"]), round(float(row["dice"]), 4)] for row in rows if row.get("dice")]
+    best = max(dice for _, dice in curve)
+    return {"best": best, "last": curve[-1][1], "to_95": next(n for n, d in curve if d >= 0.95 * best), "curve": curve}
+
+
+def keep_encoders(out: Path, todo: list[Run]) -> None:
+    """Delete encoders that no run needs any more, and beyond ``ENCODERS`` those that are needed last."""
+    needed = list(dict.fromkeys(run.encoder for run in todo if run.encoder))
+    for file in out.glob("pretrain_*.pt"):
+        if file.stem not in needed[:ENCODERS]:
+            file.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--runs", type=int, help="at most so many")
+    parser.add_argument("--smoke", action="store_true", help="two steps of the first two runs, on the CPU")
+    args = parser.parse_args()
+    most = args.runs or (2 if args.smoke else 10**6)
+    end = time.monotonic() + 60 * args.minutes
+    args.out.mkdir(parents=True, exist_ok=True)
+    file, spent = args.out / "results.jsonl", {"pretrain": 60.0, "segment": 60.0}
+    lines = file.read_text().splitlines() if file.is_file() else []
+    results = {row["name"]: row for row in map(json.loads, lines) if "name" in row}
+    data = args.data.resolve()
+    device, done = "cuda" if torch.cuda.is_available() else "cpu", 0
+    while todo := [run for run in queue(results) if run.name not in results]:
+        keep_encoders(args.out, todo)
+        run = todo[0]
+        if run.encoder and not (args.out / f"{run.encoder}.pt").is_file():  # of an earlier piece, and not kept
+            run = next(r for r in queue(results) if r.name == run.encoder)
+        rate = spent[run.kind] * (run.steps / 1500 if run.kind == "segment" else 1)
+        if done >= most or (time.monotonic() + rate > end and not args.smoke):
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            out, start = Path(folder) / "run", time.monotonic()
+            words = command(run, data, args.out.resolve(), out, args.smoke)
+            log = subprocess.run(words, cwd=BUNDLE, capture_output=True, text=True)
+            seconds = time.monotonic() - start
+            row = {"seconds": round(seconds, 1), **asdict(run), **facts(device)}
+            if log.returncode:
+                row |= {"best": float("-inf"), "error": (log.stderr or log.stdout).strip().splitlines()[-1]}
+            else:
+                row |= outcome(run, out)
+                if run.kind == "pretrain":
+                    state = torch.load(out / "encoder.pt", weights_only=True)
+                    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+                    torch.save(half, args.out / f"{run.name}.pt")
+                spent[run.kind] = seconds * (1500 / run.steps if run.kind == "segment" else 1)
+            shutil.rmtree(out, ignore_errors=True)
+        results[run.name] = row
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        print({key: row.get(key) for key in ("name", "seconds", "best", "to_95", "masked_error", "error")}, flush=True)
+        done += 1
+    else:
+        print("no run is left")
+
+
+if __name__ == "__main__":
+    main()

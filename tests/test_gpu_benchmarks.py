@@ -1,0 +1,73 @@
+"""What is prepared for a lent GPU, with toy sizes on the CPU: it will run there unattended."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from benchmarks.gpu.pack import decode, encode
+from benchmarks.gpu.study import ENCODERS, keep_encoders, queue
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("shape", [(7, 9, 5), (1, 4, 3), (10, 6, 8)])
+def test_a_packed_scan_comes_back_voxel_by_voxel(shape):
+    voxels = np.random.default_rng(0).integers(0, 40, shape).astype(np.uint8)
+    np.testing.assert_array_equal(decode(encode(voxels), shape), voxels)
+
+
+def test_a_pack_runs_blind(tmp_path):
+    """Packed, unpacked elsewhere, and run by run.sh: one workflow, two runs of the study."""
+    grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"), axis=-1) - 11.5
+    radius = np.sqrt((grid**2).sum(-1))
+    rows = ["file,split,subject"]
+    for i, split in enumerate(["train", "train", "val"]):
+        for kind, voxels in (
+            ("images", (400 * (radius < 10) + 300 * (radius < 5 + i)).astype(np.int16)),
+            ("labels", np.where(radius < 10, 1 + np.arange(24)[:, None, None] % 17, 0).astype(np.uint8)),
+        ):
+            path = tmp_path / "data/brain_structures" / kind / f"s{i}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2, 2, 1])), path)
+            rows.append(f"brain_structures/{kind}/s{i}.nii.gz,{split},s{i}")
+    (tmp_path / "data/manifest.csv").write_text("\n".join(rows))
+    pack = [sys.executable, "-m", "benchmarks.gpu.pack", "--data", tmp_path / "data", "--out", tmp_path / "p.tar"]
+    subprocess.run([*pack, "--no_wheels"], cwd=ROOT, check=True)
+    with tarfile.open(tmp_path / "p.tar") as tar:
+        tar.extractall(tmp_path / "machine", filter="data")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SMOKE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    command = ["bash", str(tmp_path / "machine/benchmarks/gpu/run.sh"), str(tmp_path / "out"), "5", "check", "study"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out/check.txt").read_text().startswith("pretrain: passed"), done.stdout + done.stderr
+    results = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in results] == ["pretrain", "segment"], done.stdout
+    assert not any("error" in row for row in results) and 0 <= results[1]["best"] <= 1
+    assert (tmp_path / "out/pretrain_random_0.pt").is_file()
+
+
+def test_the_recipe_chooses_the_rates_of_the_arms_and_few_encoders_are_kept(tmp_path):
+    recipe = queue({})
+    assert recipe[0].kind == "pretrain" and len(recipe) == 13
+    results = {run.name: {"best": 0.7 if run.options.get("learning_rate") == 0.0007 else 0.5} for run in recipe}
+    runs = queue(results)
+    arms = [run for run in runs if run.kind == "segment" and run.steps == 6000]
+    assert {run.options["learning_rate"] for run in arms} == {0.0007}
+    assert all(run.options["layer_decay"] == (0.65 if run.encoder else 1.0) for run in arms)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:  # every encoder is trained before it is used
+        assert run.encoder is None or run.encoder in [r.name for r in runs[: runs.index(run)]]
+    for run in runs:
+        if run.kind == "pretrain":
+            (tmp_path / f"{run.name}.pt").touch()
+    keep_encoders(tmp_path, [run for run in runs if run.name not in results])
+    kept = {file.stem for file in tmp_path.glob("*.pt")}
+    assert len(kept) == ENCODERS and "pretrain_random_0" in kept and "pretrain_random-clean_2" not in kept
