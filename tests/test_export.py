@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from monai.bundle import ConfigParser, ConfigWorkflow
 from nilearn import datasets
 
-from sspformer.networks import ExportedNetwork, ScanPredictor, SSPFormerEncoder, SSPFormerRestorer, export_network
+from sspformer.networks import (
+    ExportedNetwork,
+    ScanPredictor,
+    SSPFormerEncoder,
+    SSPFormerRestorer,
+    export_network,
+    read_weights,
+)
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 #: overlays and weights of each task
@@ -237,12 +244,14 @@ def test_a_network_for_whole_scans_is_exported_for_its_sides():
         assert torch.equal(exported(image), network(image))
 
 
-def test_what_is_no_exported_network_is_refused_by_name(tmp_path):
+def test_what_is_no_exported_network_is_refused_by_name(segmentation_pt2, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.pt2: write it with"):
         ExportedNetwork(tmp_path / "gone.pt2")
     (tmp_path / "other.pt2").write_bytes((BUNDLE / "models/model.pt").read_bytes())
     with pytest.raises(ValueError, match="other.pt2 is no network of torch.export, or damaged"):
         ExportedNetwork(tmp_path / "other.pt2")
+    with pytest.raises(ValueError, match="model.pt2 is a network of torch.export, of which .* has the weights"):
+        read_weights(segmentation_pt2, "")
 
 
 # in place of the network, in the bundle's own workflow

@@ -81,13 +81,12 @@ def picture(before: nib.Nifti1Image, after: nib.Nifti1Image, n_classes: int) -> 
 
 
 def _show(axis: plt.Axes, image: nib.Nifti1Image, plane: int, **look) -> None:
-    """A slice in RAS: the patient's right on the left; sagittal ones beside the midline, the front on the right."""
+    """A slice in RAS, sagittal ones beside the midline: the patient's right, or the front, is on the left."""
     sides = [axis_ for axis_ in range(3) if axis_ != plane]
     section = np.take(image.get_fdata(), int((0.42 if plane == 0 else 0.5) * image.shape[plane]), axis=plane).T
     spacing = [image.header.get_zooms()[side] for side in sides]
     axis.imshow(section, origin="lower", aspect=spacing[1] / spacing[0], **look)
-    if plane != 0:
-        axis.invert_xaxis()
+    axis.invert_xaxis()
 
 
 def main() -> None:
