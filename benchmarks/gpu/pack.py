@@ -149,9 +149,14 @@ def add_scans(tar: tarfile.TarFile, data: Path, name: str, limit: int | None) ->
 
 
 def unpack(folder: Path, out: Path) -> None:
-    """NIfTI files of all sets in ``folder``/packed, laid out as ``--data`` was; labelled ones with a dataset.json."""
+    """NIfTI files of all sets in ``folder``/packed, laid out as ``--data`` was, with a datalist of each set.
+
+    A set that has been unpacked is left as it is, unless another pack has replaced it.
+    """
     for index in sorted((folder / "packed").glob("*/index.json")):
-        entries, lists = json.loads(index.read_text()), {}
+        entries, lists, done = json.loads(index.read_text()), {}, out / f"{index.parent.name}_index.json"
+        if done.is_file() and done.read_text() == index.read_text():
+            continue
         for entry in entries:
             affine = np.array(entry["affine"])
             item = {"image": entry["path"], "subject": entry["subject"]}
@@ -163,6 +168,7 @@ def unpack(folder: Path, out: Path) -> None:
                     item[key] = path
             lists.setdefault(LISTS[entry["split"]], []).append(item)
         (out / f"{index.parent.name}.json").write_text(json.dumps(lists))
+        done.write_text(index.read_text())
 
 
 def main() -> None:

@@ -54,6 +54,8 @@ class Bench:
         self.file, self.end, self.device = out / "speed.jsonl", time.monotonic() + 60 * minutes, device
         out.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict] = []
+        before = map(json.loads, self.file.read_text().splitlines() if self.file.is_file() else ())
+        self.done = {row["job"] for row in before if row["what"] == "done"}  # in an earlier piece
         self.ceiling = float("nan")
 
     def add(self, what: str, **values) -> None:
@@ -127,13 +129,14 @@ def pretrain(bench: Bench, size: str, image_size: int, patch: int, batch: int) -
     loss_function = MaskedReconstructionLoss(patch)
     prepare = PrepareMaskedBatch(InverseFrequencyMask(patch), NoiseSampler())
     inputs, targets, _, kwargs = prepare({"image": image}, bench.device)
-    work = float("nan")
+    work = eager = float("nan")
     for compile in (False, True) if bench.device.type == "cuda" else (False,):
         step = TrainStep(network, loss_function, compile=compile)
         backward = partial(step.backward, inputs, targets, (), kwargs)
         work = work if compile else flops(backward)
         start = time.monotonic()
         ms = bench.ms(stepper(network, backward))
+        eager = ms if not compile else eager
         values = {"crops_s": 1000 * batch / ms, "share": work / ms / 1e9 / bench.ceiling, "gflop": work / batch / 1e9}
         seconds = time.monotonic() - start
         compiled = step.is_compiled
@@ -154,7 +157,13 @@ def pretrain(bench: Bench, size: str, image_size: int, patch: int, batch: int) -
 
     theirs = bench.ms(stepper(network, loss))
     bench.add(
-        "pretrain", name="MONAI patched", ms=theirs, crops_s=1000 * batch / theirs, over_ours=theirs / ms, **setting
+        "pretrain",
+        name="MONAI patched",
+        ms=theirs,
+        crops_s=1000 * batch / theirs,
+        over_ours_eager=theirs / eager,
+        over_ours=theirs / ms,
+        **setting,
     )
 
 
@@ -172,7 +181,7 @@ def segment(bench: Bench, crop: int, batch: int, patch: int) -> None:
         )
         step = TrainStep(network, loss, compile=name == "compiled")
         ms = bench.ms(stepper(network, partial(step.backward, image, label, (), {})))
-        bench.add("segment", name=name, ms=ms, crop=crop, batch=batch, patch=patch)
+        bench.add("segment", name=name, compiled=step.is_compiled, ms=ms, crop=crop, batch=batch, patch=patch)
 
 
 def write_heads(folder: Path, shape: tuple[int, int, int], n: int) -> list[Path]:
@@ -214,7 +223,7 @@ def loader(bench: Bench, folder: Path, crop: int, batch: int, scans: int, epochs
         epoch(train)
         bench.wait()
         rates[name] = n / (time.perf_counter() - start)
-        bench.add("loader", name=name, crops_s=rates[name], crop=crop, batch=batch)
+        bench.add("loader", name=name, compiled=step.is_compiled, crops_s=rates[name], crop=crop, batch=batch)
     data = folder / "scans"
     data.mkdir()
     write_heads(data, shape, scans)
@@ -222,7 +231,7 @@ def loader(bench: Bench, folder: Path, crop: int, batch: int, scans: int, epochs
     command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", "configs/pretrain.json"]
     command += ["--dataset_dir", data, "--output_dir", out, "--epochs", epochs, "--crop_size", [crop] * 3]
     command += ["--batch_size", batch, "--crops_per_scan", per_scan, "--val_interval", epochs, "--bundle_root", "."]
-    subprocess.run([str(word) for word in command], cwd=BUNDLE, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([str(word) for word in command], cwd=BUNDLE, check=True, stdout=subprocess.DEVNULL, timeout=240)
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     ends = [event.wall_time for event in events.Scalars("train_loss")]  # the first epoch compiles, the last validates
@@ -242,7 +251,7 @@ def inference(bench: Bench, folder: Path, shape: tuple[int, int, int], n: int) -
     command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
     command += ["--dataset_dir", data, "--output_dir", out, "--bundle_root", "."]
     start = time.perf_counter()
-    subprocess.run([str(word) for word in command], cwd=BUNDLE, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([str(word) for word in command], cwd=BUNDLE, check=True, stdout=subprocess.DEVNULL, timeout=240)
     total = time.perf_counter() - start
     rows = np.genfromtxt(out / "inference.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
     seconds = np.atleast_1d(rows["seconds"]).astype(float)
@@ -263,27 +272,31 @@ def main() -> None:
     bench.add("facts", **facts(bench.device.type))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        jobs: list[Callable[[], None]] = [lambda: ceiling(bench, 256 if args.smoke else 8192)]
+        jobs: list[partial] = [partial(ceiling, bench, 256 if args.smoke else 8192)]
         if args.smoke:
-            jobs += [lambda: pretrain(bench, "tiny", 16, 8, 2), lambda: segment(bench, 16, 1, 8)]
-            jobs += [lambda: loader(bench, folder, 16, 4, 4, 2), lambda: inference(bench, folder, (20, 24, 18), 1)]
+            jobs += [partial(pretrain, bench, "tiny", 16, 8, 2), partial(segment, bench, 16, 1, 8)]
+            jobs += [partial(loader, bench, folder, 16, 4, 4, 2), partial(inference, bench, folder, (20, 24, 18), 1)]
         else:
-            jobs += [lambda: pretrain(bench, "tiny", 96, 8, 64), lambda: pretrain(bench, "tiny", 48, 4, 64)]
-            jobs += [lambda: segment(bench, 64, 4, 8), lambda: segment(bench, 64, 4, 4)]
-            jobs += [lambda: loader(bench, folder, 64, 128, 32, 8)]
-            jobs += [lambda: inference(bench, folder, (256, 256, 180), 33)]
-            jobs += [
-                lambda size=size, image=image, patch=patch: pretrain(bench, size, image, patch, 32)
-                for size in ("small", "base")
-                for image, patch in ((96, 8), (48, 4))
-            ]
+            jobs += [partial(pretrain, bench, "tiny", 96, 8, 64), partial(pretrain, bench, "tiny", 48, 4, 64)]
+            jobs += [partial(segment, bench, 64, 4, 8), partial(segment, bench, 64, 4, 4)]
+            jobs += [partial(loader, bench, folder, 64, 128, 32, 8)]
+            jobs += [partial(inference, bench, folder, (256, 256, 180), 33)]
+            for size in ("small", "base"):
+                jobs += [partial(pretrain, bench, size, image, patch, 32) for image, patch in ((96, 8), (48, 4))]
         for job in jobs:
+            name = " ".join([job.func.__name__, *(str(word) for word in job.args[1:] if word != folder)])
+            if name in bench.done:
+                continue
             if bench.over:
+                print(f"next: {name}")
                 break
+            torch.compiler.reset()  # else sizes that changed would be compiled as dynamic
             try:
                 job()
+                if job.func is not ceiling:  # which every piece needs
+                    bench.add("done", job=name)
             except Exception as error:  # the other tables do not suffer
-                bench.add("failed", error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                bench.add("failed", job=name, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 if args.smoke:
                     raise
             if bench.device.type == "cuda":

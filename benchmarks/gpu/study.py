@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.study --out OUT --data DATA [--minutes 9] [--smoke]
 
-Protocol, fixed before the runs. Data: the 110 training scans of IXI (and the mixed ones where they are packed) at 2 mm,
-unlabelled for pretraining; 5 of the 110 with labels, drawn by seed; Dice of 17 structures over the 15 validation
-subjects. Test subjects are not on the machine. Each seed has a pretraining of its own.
+Protocol, fixed before the runs. Data: the 110 training scans of IXI at 2 mm, unlabelled for pretraining; 5
+of the 110 with labels, drawn by seed; Dice of 17 structures over the 15 validation subjects. Test subjects are not on
+the machine. Each seed has a pretraining of its own.
 
 1. *Recipe*, seed 0: learning rates 0.0003, 0.0007, 0.0015, 0.003 for scratch with patches of 8, scratch with patches of
    4, and the encoder of random masks (layer decay 0.65); 3,000 steps. Each arm keeps its best rate in what follows.
@@ -17,7 +17,7 @@ subjects. Test subjects are not on the machine. Each seed has a pretraining of i
 Pretraining: 1,500 steps of 48 crops of 64^3. Each finished run is a line of ``results.jsonl``: its name, settings, the
 Dice by step, steps to 95 % of its own best, and seconds. Encoders are kept in half precision, five at most; one that is
 needed later is trained again. A run that does not fit into the minutes that are left, judged by the last of its kind,
-is left to the next piece.
+is left to the next piece. A run that fails is tried again once; what needs its encoder is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,8 @@ import torch
 
 from benchmarks.common import BUNDLE, facts
 
+#: of a run that fails
+TRIES = 2
 #: files that may lie in OUT beside the tables
 ENCODERS = 5
 RATES = (0.0003, 0.0007, 0.0015, 0.003)
@@ -84,7 +85,7 @@ def queue(results: dict[str, dict]) -> list[Run]:
     def best(arms: tuple[str, ...]) -> tuple[str, float] | None:
         of_arms = [run for run in recipe if run.name.split("_")[1] in arms]
         if not all(run.name in results for run in of_arms):
-            return None
+            return None  # also if one failed: the rates would not have been compared
         top = max(of_arms, key=lambda run: results[run.name]["best"])
         return top.name.split("_")[1], top.options["learning_rate"]
 
@@ -171,42 +172,67 @@ def main() -> None:
     most = args.runs or (2 if args.smoke else 10**6)
     end = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    file, spent = args.out / "results.jsonl", {"pretrain": 60.0, "segment": 60.0}
+    file, data = args.out / "results.jsonl", args.data.resolve()
     lines = file.read_text().splitlines() if file.is_file() else []
-    results = {row["name"]: row for row in map(json.loads, lines) if "name" in row}
-    data = args.data.resolve()
+    results: dict[str, dict] = {}
+    failures: dict[str, int] = {}
+    spent = {"pretrain": 240.0, "segment": 60.0}  # seconds of a pretraining, and of 1,500 steps: guesses at first
+
+    def learn(row: dict) -> None:
+        if "error" in row:
+            failures[row["name"]] = failures.get(row["name"], 0) + 1
+        else:
+            results[row["name"]] = row
+            spent[row["kind"]] = row["seconds"] * (1500 / row["steps"] if row["kind"] == "segment" else 1)
+
+    for row in map(json.loads, lines):
+        learn(row)
+    scans = len(json.loads((data / "brain.json").read_text())["training"])
+    if scans < 110 and not args.smoke:
+        sys.exit(f"{data} has {scans} training scans of 110: unpack study.tar into an empty folder.")
     device, done = "cuda" if torch.cuda.is_available() else "cpu", 0
-    while todo := [run for run in queue(results) if run.name not in results]:
+    while True:
+        all_runs = {run.name: run for run in queue(results)}
+        hopeless = {name for name, n in failures.items() if n >= TRIES}
+        todo = [run for run in all_runs.values() if not {run.name, run.encoder} & hopeless and run.name not in results]
+        if not todo:
+            print("no run is left")
+            break
         keep_encoders(args.out, todo)
         run = todo[0]
         if run.encoder and not (args.out / f"{run.encoder}.pt").is_file():  # of an earlier piece, and not kept
-            run = next(r for r in queue(results) if r.name == run.encoder)
-        rate = spent[run.kind] * (run.steps / 1500 if run.kind == "segment" else 1)
-        if done >= most or (time.monotonic() + rate > end and not args.smoke):
+            run = all_runs[run.encoder]
+        expected = spent[run.kind] * (run.steps / 1500 if run.kind == "segment" else 1)
+        if done >= most or (time.monotonic() + expected > end and not args.smoke):
+            print(f"next: {run.name}, about {expected:.0f} s")
             break
         with tempfile.TemporaryDirectory() as folder:
             out, start = Path(folder) / "run", time.monotonic()
             words = command(run, data, args.out.resolve(), out, args.smoke)
-            log = subprocess.run(words, cwd=BUNDLE, capture_output=True, text=True)
-            seconds = time.monotonic() - start
-            row = {"seconds": round(seconds, 1), **asdict(run), **facts(device)}
+            try:
+                left = max(end - start, 1) if not args.smoke else 600
+                log = subprocess.run(words, cwd=BUNDLE, capture_output=True, text=True, timeout=left)
+            except subprocess.TimeoutExpired:
+                spent[run.kind] *= 2
+                print(f"{run.name} did not end within the {left:.0f} s that were left")
+                break
+            text = log.stdout + log.stderr
+            row = {"seconds": round(time.monotonic() - start, 1), **asdict(run), **facts(device)}
+            row["compiled"] = "the training step is compiled" in text
             if log.returncode:
-                row |= {"best": float("-inf"), "error": (log.stderr or log.stdout).strip().splitlines()[-1]}
+                row["error"] = text.strip().splitlines()[-1]
             else:
                 row |= outcome(run, out)
                 if run.kind == "pretrain":
                     state = torch.load(out / "encoder.pt", weights_only=True)
                     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
                     torch.save(half, args.out / f"{run.name}.pt")
-                spent[run.kind] = seconds * (1500 / run.steps if run.kind == "segment" else 1)
-            shutil.rmtree(out, ignore_errors=True)
-        results[run.name] = row
+        learn(row)
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
-        print({key: row.get(key) for key in ("name", "seconds", "best", "to_95", "masked_error", "error")}, flush=True)
+        shown = ("name", "seconds", "compiled", "best", "to_95", "masked_error", "error")
+        print({key: row[key] for key in shown if key in row}, flush=True)
         done += 1
-    else:
-        print("no run is left")
 
 
 if __name__ == "__main__":

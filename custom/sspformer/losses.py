@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from monai.losses import DiceCELoss
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
@@ -108,6 +109,23 @@ class BalancedDiceCELoss(DiceCELoss):
     def __init__(self, class_weight: Tensor | Sequence[float], **kwargs) -> None:
         super().__init__(**kwargs)
         self.cross_entropy.weight = torch.as_tensor(class_weight, dtype=torch.float32)
+        usual = {"to_onehot_y": True, "softmax": True, "include_background": False, "batch": True}
+        self._usual = kwargs == usual
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss, a scalar, of logits ``(B, C, *S)`` and labels ``(B, 1, *S)``.
+
+        With the settings of the bundle it is MONAI's, in a form that ``torch.compile`` takes as one graph.
+        """
+        if not self._usual:
+            return super().forward(input, target)
+        label = target[:, 0].long()
+        prob = input.softmax(dim=1)[:, 1:]
+        truth = F.one_hot(label, input.shape[1]).movedim(-1, 1)[:, 1:].to(prob.dtype)
+        dims = (0, *range(2, input.ndim))
+        overlap, total = (prob * truth).sum(dims), prob.sum(dims) + truth.sum(dims)
+        dice = 1 - (2 * overlap + self.dice.smooth_nr) / (total + self.dice.smooth_dr)
+        return self.lambda_dice * dice.mean() + self.lambda_ce * self.cross_entropy(input, label)
 
 
 class StandardizedMSELoss(nn.Module):

@@ -30,6 +30,8 @@ MEMORY_SHARE = 0.5
 PROBED = 8
 #: places that are drawn for a crop which is to have foreground, and the stride at which its voxels are looked at
 TRIES, COARSE = 8, 4
+#: sets the draws of places apart from those of masks and noise, whose seed is the same
+PLACES = 0x5CA1AB1E
 #: batches that are drawn ahead where the scans do not lie on the network's device
 PREFETCH = 2
 
@@ -58,7 +60,7 @@ class ScanBuffer:
         self.voxels = {
             key: torch.cat([torch.as_tensor(item[key]).as_subclass(Tensor).flatten() for item in items]) for key in keys
         }
-        self.numbers = {name: torch.tensor([item[name] for item in items]) for name in _numbers(items[0])}
+        self.numbers = {name: torch.tensor([item[name] for item in items]) for name in _numbers(items)}
         self.shape = torch.tensor([scan.shape[1:] for scan in first])
         self.offset = self.shape.prod(dim=1).cumsum(0) - self.shape.prod(dim=1)
         self.affine = torch.stack([torch.as_tensor(scan.affine, dtype=torch.float32).cpu() for scan in first])
@@ -187,7 +189,7 @@ class DeviceLoader(Randomizable):
         self.prepare()
         where = self.device if self.residence == "device" else torch.device("cpu")
         # all processes draw the places of the global batch; each augments its own part
-        generators = [torch.Generator(where).manual_seed(self._seed + n) for n in (0, 1 + idist.get_rank())]
+        generators = [torch.Generator(where).manual_seed(self._seed ^ n) for n in (PLACES, idist.get_rank() + 1)]
         n_global = self.batch_size * idist.get_world_size()
         n_crops = len(self) * n_global
         order = self.R.permutation(len(self.dataset) * self.crops_per_scan)[:n_crops] % len(self.dataset)
@@ -211,7 +213,7 @@ class DeviceLoader(Randomizable):
         workers = {"num_workers": self.num_workers, "batch_size": None, "collate_fn": _unchanged}
         items, needed, room = [], 0.0, {"device": _free(self.device), "host": _free(torch.device("cpu"))}
         for item in tqdm(DataLoader(self.dataset, **workers), "reading scans", disable=None):
-            items.append({key: item[key] for key in (*self.keys, *_numbers(item))})
+            items.append({key: item[key].clone() for key in self.keys} | {key: item[key] for key in _numbers([item])})
             needed += sum(item[key].nbytes for key in self.keys)
             expected = needed / len(items) * len(self.dataset)
             probed = len(items) >= min(PROBED, len(self.dataset))
@@ -275,8 +277,9 @@ class DeviceLoader(Randomizable):
         return {n: v.pin_memory() for n, v in batch.items()} if self.device.type == "cuda" else batch
 
 
-def _numbers(item: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in item.items() if isinstance(value, Real)]
+def _numbers(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the entries that are a number in every item."""
+    return [name for name in items[0] if all(isinstance(item.get(name), Real) for item in items)]
 
 
 def _unchanged(item: Any) -> Any:

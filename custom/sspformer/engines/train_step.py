@@ -32,7 +32,7 @@ class TrainStep:
         network: of the trainer.
         loss_function: ``(pred, target) -> scalar``.
         amp: run the network under bfloat16 autocast; its output is float32 again.
-        compile: True, False, or "auto": on GPUs only.
+        compile: True, False, or "auto": on a GPU, in a single process.
         backend: of ``torch.compile``.
 
     Raises:
@@ -85,7 +85,9 @@ class TrainStep:
     def backward(self, *batch) -> Tensor:
         """Gradients of the parameters, and the loss without them."""
         if self._compiled is None:
-            wanted = batch[0].device.type == "cuda" if self.compile == "auto" else self.compile
+            several = isinstance(self.network, nn.parallel.DistributedDataParallel)  # one may fail, others not
+            on_one_gpu = batch[0].device.type == "cuda" and not several
+            wanted = on_one_gpu if self.compile == "auto" else self.compile
             self._compiled = self._first(batch) if wanted else self.loss
             if self.is_compiled:
                 logger.info("the training step is compiled")
@@ -103,7 +105,9 @@ class TrainStep:
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         try:
             compiled = torch.compile(self.loss, backend=self.backend, **graphs)
-            compiled(*batch).backward()
+            for _ in range(2 if graphs else 1):  # CUDA graphs are recorded in the second call
+                torch.compiler.cudagraph_mark_step_begin()
+                compiled(*batch).backward()
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler that is missing, of an operator that it does not know, ...
