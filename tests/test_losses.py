@@ -67,16 +67,10 @@ def test_errors():
         MaskedReconstructionLoss(4)(masked[:, 1:], target)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"include_background": False, "batch": True},
-        {"reduction": "sum"},
-        {"label_smoothing": 0.1},
-        {"lambda_ce": 0.5},
-    ],
-)
+OPTIONS = [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"lambda_ce": 0.5}]
+
+
+@pytest.mark.parametrize("options", [{"include_background": False, "batch": True}, *OPTIONS])
 def test_cross_entropy_alone_weighs_the_classes_with_all_options_of_monai(options):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 6, 6, 6, generator=generator)
