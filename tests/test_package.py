@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from filelock import FileLock
 from nilearn.datasets import load_mni152_template
 
 import sspformer
@@ -137,18 +138,29 @@ def bundle(package, tmp_path_factory):
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """An interpreter that has the packages of metadata.json and what these need, and nothing else."""
-    folder = tmp_path_factory.mktemp("clean")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "clean"  # one for all workers
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").is_file():
+            folder.mkdir(exist_ok=True)
+            install(folder)
+            (folder / "complete").touch()
+    return folder / "bin/python"
+
+
+def install(folder):
+    """Make that interpreter, or skip where pip cannot."""
     python = folder / "bin/python"
     pins = {
         "monai": METADATA["monai_version"],
         "numpy": METADATA["numpy_version"],
         **METADATA["required_packages_version"],
     }
-    install = [python, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--only-binary", ":all:"]
+    pip = [python, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--only-binary", ":all:"]
     for command in (
         [sys.executable, "-m", "venv", folder],
-        [*install, f"torch=={METADATA['pytorch_version']}"],
-        [*install, *(f"{name}=={version}" for name, version in pins.items())],
+        [*pip, f"torch=={METADATA['pytorch_version']}"],
+        [*pip, *(f"{name}=={version}" for name, version in pins.items())],
     ):
         try:
             done = run(*command, cwd=folder, timeout=900)
@@ -162,7 +174,6 @@ def python(tmp_path_factory):
                 pytest.skip(f"no torch {METADATA['pytorch_version']} for this platform: {done.stderr[-300:]}")
             pytest.fail(f"the packages of metadata.json cannot be installed: {done.stderr[-2000:]}")
     assert "No module named 'sspformer'" in run(python, "-c", "import sspformer", cwd=folder).stderr
-    return python
 
 
 @pytest.fixture(scope="module")
