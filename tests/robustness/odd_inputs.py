@@ -25,7 +25,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pydicom
-import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -45,14 +44,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-
-
-def fails(what: str, always: bool = True) -> pytest.MarkDecorator:
-    """A fault of issue 17 that is still there. Only a failed assertion counts: a broken test shows.
-
-    A race does not fail ``always``.
-    """
-    return pytest.mark.xfail(strict=always, raises=(AssertionError, pytest.fail.Exception), reason=f"issue 17: {what}")
 
 
 # --- outcomes
