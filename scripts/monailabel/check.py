@@ -334,10 +334,13 @@ def check_slicer(work: Path, scan: Path, environment: Mapping[str, str]) -> None
             expect(status == "ERROR" and "third.nii.gz: " in told and "unknown values 20" in told, "is refused", told)
 
 
-def check_ohif(work: Path, environment: Mapping[str, str]) -> None:
-    """Inference on a DICOM series of a DICOMweb server, and a label saved to it, as OHIF asks for them."""
-    if not (shutil.which("Orthanc") and (ORTHANC_PLUGINS / "libOrthancDicomWeb.so").exists()):
-        return say("SKIP", "OHIF", "no Orthanc with its DICOMweb plugin: apt-get install orthanc orthanc-dicomweb")
+def has_orthanc() -> bool:
+    return bool(shutil.which("Orthanc") and (ORTHANC_PLUGINS / "libOrthancDicomWeb.so").exists())
+
+
+@contextlib.contextmanager
+def ohif_servers(work: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, str, list[Path]]]:
+    """Orthanc with the head as a DICOM series, and MONAI Label with OHIF; both addresses and the series' files."""
     from sspformer.demo import write_series
 
     image, affine = average_head()
@@ -354,51 +357,59 @@ def check_ohif(work: Path, environment: Mapping[str, str]) -> None:
     with running(["Orthanc", str(work / "orthanc.json")], f"{store}/system", work / "orthanc.log", environment):
         for file in files:
             requests.post(f"{store}/instances", data=file.read_bytes(), timeout=60).raise_for_status()
-        series = requests.get(f"{store}/dicom-web/series", timeout=60).json()[0]["0020000E"]["Value"][0]
         environment = {
             **environment,
             "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}',  # CT by default
             "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(work / "dicom_cache"),
         }
         with label_server(work, f"{store}/dicom-web", [OURS], environment) as url:
-            expect("<html" in requests.get(f"{url}/ohif/", timeout=60).text.lower(), "the server brings OHIF")
-            # as MonaiLabelClient.infer of OHIF's extension: a form with params
-            params = {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False}
-            form = {"params": (None, json.dumps({**params, "restore_label_idx": False}))}
-            answer = requests.post(f"{url}/infer/{OURS}?image={series}&output=image", files=form, timeout=600)
-            answer.raise_for_status()
-            (work / "answer.nrrd").write_bytes(answer.content)
-            label = sitk.ReadImage(str(work / "answer.nrrd"))
-            reader = sitk.ImageSeriesReader()
-            reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(files[0].parent)))
-            expect(same_grid(label, reader.Execute()), "the label has the grid of the series", label.GetSize())
-            own = own_run(work / "apps/monaibundle/model" / OURS, files[0].parent, work / "own_dicom", environment)
-            own = sitk.Resample(own, label, sitk.Transform(), sitk.sitkNearestNeighbor)
-            share = float((voxels(own) == voxels(label)).mean())
-            expect(share > 0.999, "it is the bundle's own label", f"{share:.4%} of the voxels")
+            yield url, store, files
 
-            found = [int(i) for i in np.unique(voxels(label)) if i]
-            half = (voxels(label) > 0)[..., label.GetWidth() // 2 :].sum() / (voxels(label) > 0).sum()
-            expect(len(found) == 17, "it has all structures", len(found))
-            expect(0.45 < half < 0.55, "half of it is on one side of the head", f"{half:.1%}")
-            names = [{"name": f"label {i}", "model_name": OURS} for i in found]
-            form = {"params": (None, json.dumps({"label_info": names}))}
-            answer = requests.post(f"{url}/infer/{OURS}?image={series}&output=dicom_seg", files=form, timeout=600)
-            check_seg(answer.content, len(found), len(files), "output=dicom_seg: the label as DICOM SEG")
-            # as MonaiLabelClient.save_label: the voxels alone
-            form["label"] = ("label.bin", voxels(label).tobytes())
-            requests.put(f"{url}/datastore/label?image={series}", files=form, timeout=600).raise_for_status()
-            segs = requests.post(f"{store}/tools/find", json={"Level": "Instance", "Query": {"Modality": "SEG"}})
-            stored = requests.get(f"{store}/instances/{segs.json()[0]}/file", timeout=60).content
-            check_seg(stored, len(found), len(files), "a label saved by OHIF is on the DICOMweb server")
-            kept = next(Path(work / "dicom_cache").rglob("labels/final/*.nii.gz"))
-            same = (voxels(sitk.ReadImage(str(kept))) == voxels(label)).all()
-            expect(same and same_grid(sitk.ReadImage(str(kept)), label), "training would find it on the image's grid")
-            # as MonaiLabelClient.run_train: all trainers, their options by name
-            train = options(requests.get(f"{url}/info/", timeout=60).json(), "trainers", OURS) | {"max_epochs": 1}
-            requests.post(f"{url}/train/", json={OURS: train}, timeout=60).raise_for_status()
-            status, said = training(url, 1200)
-            expect(status == "DONE", "it trains on it", said.splitlines()[-1])
+
+def check_ohif(work: Path, environment: Mapping[str, str]) -> None:
+    """Inference on a DICOM series of a DICOMweb server, and a label saved to it, as OHIF asks for them."""
+    if not has_orthanc():
+        return say("SKIP", "OHIF", "no Orthanc with its DICOMweb plugin: apt-get install orthanc orthanc-dicomweb")
+    with ohif_servers(work, environment) as (url, store, files):
+        series = requests.get(f"{store}/dicom-web/series", timeout=60).json()[0]["0020000E"]["Value"][0]
+        expect("<html" in requests.get(f"{url}/ohif/", timeout=60).text.lower(), "the server brings OHIF")
+        # as MonaiLabelClient.infer of OHIF's extension: a form with params
+        params = {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False}
+        form = {"params": (None, json.dumps({**params, "restore_label_idx": False}))}
+        answer = requests.post(f"{url}/infer/{OURS}?image={series}&output=image", files=form, timeout=600)
+        answer.raise_for_status()
+        (work / "answer.nrrd").write_bytes(answer.content)
+        label = sitk.ReadImage(str(work / "answer.nrrd"))
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(files[0].parent)))
+        expect(same_grid(label, reader.Execute()), "the label has the grid of the series", label.GetSize())
+        own = own_run(work / "apps/monaibundle/model" / OURS, files[0].parent, work / "own_dicom", environment)
+        own = sitk.Resample(own, label, sitk.Transform(), sitk.sitkNearestNeighbor)
+        share = float((voxels(own) == voxels(label)).mean())
+        expect(share > 0.999, "it is the bundle's own label", f"{share:.4%} of the voxels")
+
+        found = [int(i) for i in np.unique(voxels(label)) if i]
+        half = (voxels(label) > 0)[..., label.GetWidth() // 2 :].sum() / (voxels(label) > 0).sum()
+        expect(len(found) == 17, "it has all structures", len(found))
+        expect(0.45 < half < 0.55, "half of it is on one side of the head", f"{half:.1%}")
+        names = [{"name": f"label {i}", "model_name": OURS} for i in found]
+        form = {"params": (None, json.dumps({"label_info": names}))}
+        answer = requests.post(f"{url}/infer/{OURS}?image={series}&output=dicom_seg", files=form, timeout=600)
+        check_seg(answer.content, len(found), len(files), "output=dicom_seg: the label as DICOM SEG")
+        # as MonaiLabelClient.save_label: the voxels alone
+        form["label"] = ("label.bin", voxels(label).tobytes())
+        requests.put(f"{url}/datastore/label?image={series}", files=form, timeout=600).raise_for_status()
+        segs = requests.post(f"{store}/tools/find", json={"Level": "Instance", "Query": {"Modality": "SEG"}})
+        stored = requests.get(f"{store}/instances/{segs.json()[0]}/file", timeout=60).content
+        check_seg(stored, len(found), len(files), "a label saved by OHIF is on the DICOMweb server")
+        kept = next(Path(work / "dicom_cache").rglob("labels/final/*.nii.gz"))
+        same = (voxels(sitk.ReadImage(str(kept))) == voxels(label)).all()
+        expect(same and same_grid(sitk.ReadImage(str(kept)), label), "training would find it on the image's grid")
+        # as MonaiLabelClient.run_train: all trainers, their options by name
+        train = options(requests.get(f"{url}/info/", timeout=60).json(), "trainers", OURS) | {"max_epochs": 1}
+        requests.post(f"{url}/train/", json={OURS: train}, timeout=60).raise_for_status()
+        status, said = training(url, 1200)
+        expect(status == "DONE", "it trains on it", said.splitlines()[-1])
 
 
 def check_seg(content: bytes, n_segments: int, n_slices: int, what: str) -> None:
@@ -411,7 +422,9 @@ def check_seg(content: bytes, n_segments: int, n_slices: int, what: str) -> None
     expect(ok, what, f"{len(seg.SegmentSequence)} segments, {seg.NumberOfFrames} frames")
 
 
-def main(scan: Path | None, bundle: Path | None, keep: Path | None, device: str) -> int:
+@contextlib.contextmanager
+def workplace(keep: Path | None, bundle: Path | None, device: str) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder with the monaibundle app and our bundle in it, and the environment of the servers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and end the servers
     if not SLICER_CLIENT.is_file():
         sys.exit(f"error: no {SLICER_CLIENT}: run this with the Python of setup.sh's environment.")
@@ -436,10 +449,16 @@ def main(scan: Path | None, bundle: Path | None, keep: Path | None, device: str)
         else:
             build = [sys.executable, str(ROOT / "scripts/build_bundle.py"), "--output_dir", str(work / "dist")]
             subprocess.run([*build, "--unpacked", str(models)], check=True)
+        sys.path.insert(0, str(models / OURS))
+        yield work, environment
+
+
+def main(scan: Path | None, bundle: Path | None, keep: Path | None, device: str) -> int:
+    with workplace(keep, bundle, device) as (work, environment):
+        models = work / "apps/monaibundle/model"
         overlay = [sys.executable, str(ROOT / "scripts/overlay_bundle.py"), str(models / OURS), "hippocampus"]
         subprocess.run([*overlay, str(models / HIPPOCAMPUS)], check=True, capture_output=True)
         make_foreign_bundle(models / FOREIGN)
-        sys.path.insert(0, str(models / OURS))
         if scan is None:
             scan = work / "scan.nii.gz"
             nib.save(nib.Nifti1Image(*average_head()), scan)
