@@ -36,7 +36,7 @@ PRETRAINING = {
     "crops_per_scan": crops(96),
 }
 FINE_TUNING = {
-    "segmentation": {"epochs": 20, "val_interval": 10, "validate#max_scans": 2, "crops_per_scan": crops(48)},
+    "segmentation": {"epochs": 14, "val_interval": 7, "validate#max_scans": 2, "crops_per_scan": crops(48)},
     "denoising": {"epochs": 6, "val_interval": 3, "validate#max_scans": 2, "crops_per_scan": crops(240)},
 }
 OVERLAYS = {"segmentation": [], "denoising": ["restoration", "denoising"]}

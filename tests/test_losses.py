@@ -80,6 +80,9 @@ def test_cross_entropy_alone_weighs_the_classes_with_all_options_of_monai(option
         BalancedDiceCELoss([1, 1, 1], **options)(logits, label), DiceCELoss(**options)(logits, label)
     )
     weight = torch.tensor([0.5, 2.0, 5.0])
+    if "batch" in options:
+        compiled = BalancedDiceCELoss(weight, **options)
+        torch.testing.assert_close(compiled.in_one_graph(logits, label), compiled(logits, label))
     ours, monai = BalancedDiceCELoss(weight, **options), DiceCELoss(weight=weight, **options)
     torch.testing.assert_close(ours.ce(logits, label), monai.ce(logits, label))
     torch.testing.assert_close(ours.dice(logits, label), DiceCELoss(**options).dice(logits, label))

@@ -115,17 +115,22 @@ class BalancedDiceCELoss(DiceCELoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of logits ``(B, C, *S)`` and labels ``(B, 1, *S)``.
 
-        With the settings of the bundle it is MONAI's, in a form that ``torch.compile`` takes as one graph.
+        It is MONAI's, which ``torch.compile`` cannot take as one graph; with the settings of the bundle it gets
+        :meth:`in_one_graph`.
         """
-        if not self._usual:
-            return super().forward(input, target)
-        label = target[:, 0].long()
-        prob = input.softmax(dim=1)[:, 1:]
-        truth = F.one_hot(label, input.shape[1]).movedim(-1, 1)[:, 1:].to(prob.dtype)
-        dims = (0, *range(2, input.ndim))
-        overlap, total = (prob * truth).sum(dims), prob.sum(dims) + truth.sum(dims)
+        if self._usual and torch.compiler.is_compiling():
+            return self.in_one_graph(input, target)
+        return super().forward(input, target)
+
+    def in_one_graph(self, input: Tensor, target: Tensor) -> Tensor:
+        """The same with softmax, without the background, Dice over the batch."""
+        label, log_prob = target[:, 0].long(), input.log_softmax(dim=1)
+        classes = torch.arange(1, input.shape[1], device=input.device).reshape(-1, *[1] * (input.ndim - 2))
+        truth, prob, dims = label[:, None] == classes, log_prob[:, 1:].exp(), (0, *range(2, input.ndim))
+        overlap, total = torch.where(truth, prob, 0.0).sum(dims), prob.sum(dims) + truth.sum(dims)
         dice = 1 - (2 * overlap + self.dice.smooth_nr) / (total + self.dice.smooth_dr)
-        return self.lambda_dice * dice.mean() + self.lambda_ce * self.cross_entropy(input, label)
+        cross_entropy = F.nll_loss(log_prob, label, self.cross_entropy.weight)
+        return self.lambda_dice * dice.mean() + self.lambda_ce * cross_entropy
 
 
 class StandardizedMSELoss(nn.Module):
