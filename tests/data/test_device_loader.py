@@ -101,3 +101,17 @@ def test_beyond_its_ends_a_scan_is_mirrored():
     crop = next(iter(DeviceLoader(scans, CropSampler((14, 9, 12), mirror=True), 1)))["image"][0, 0]
     wanted = torch.from_numpy(np.pad(image[0].numpy(), ((4, 4), (2, 2), (4, 4)), mode="symmetric"))
     assert torch.equal(crop, wanted)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_crops_on_the_grid_are_the_same_without_interpolation(mirror):
+    made = loader(crop=CropSampler((14, 8, 12), flip_prob=0.5, margin=0.3, mirror=mirror))
+    made.prepare()
+    index = torch.arange(5)
+    matrix = made.crop(made._buffer.shape, made._buffer.spacing, torch.Generator().manual_seed(0))
+    taken, interpolated = (
+        made._buffer.crops(index, matrix, made.crop.size, mirror, on_grid) for on_grid in (True, False)
+    )
+    assert made.crop.on_grid and not CropSampler((8, 8, 8), scale=(0.9, 1.1)).on_grid
+    for name in ("image", "label", "affine"):
+        assert torch.equal(taken[name], interpolated[name]) and taken[name].dtype == interpolated[name].dtype

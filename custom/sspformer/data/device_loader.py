@@ -85,7 +85,9 @@ class ScanBuffer:
             setattr(self, name, moved)
         return self
 
-    def crops(self, index: Tensor, matrix: Tensor, size: Sequence[int], mirror: bool = False) -> dict[str, Tensor]:
+    def crops(
+        self, index: Tensor, matrix: Tensor, size: Sequence[int], mirror: bool = False, on_grid: bool = False
+    ) -> dict[str, Tensor]:
         """One crop of each scan of ``index``.
 
         Args:
@@ -93,6 +95,7 @@ class ScanBuffer:
             matrix: from voxels of the crops to voxels of the scans, ``(B, 3, 4)``, see :class:`CropSampler`.
             size: sides of the crops, three numbers.
             mirror: beyond its ends a scan is mirrored, in place of air.
+            on_grid: the crops lie on voxels of the scans, so nothing is interpolated.
 
         Returns:
             For each key crops ``(B, 1, *size)``: integers by the nearest voxel, all else interpolated, float32. Beside
@@ -100,9 +103,10 @@ class ScanBuffer:
         """
         where = (self.offset[index], self.shape[index], matrix, size)
         found = {
-            key: resample(voxels, *where, nearest=not voxels.is_floating_point(), mirror=mirror)[:, None]
+            key: resample(voxels, *where, nearest=on_grid or not voxels.is_floating_point(), mirror=mirror)[:, None]
             for key, voxels in self.voxels.items()
         }
+        found = {key: crop.float() if crop.is_floating_point() else crop for key, crop in found.items()}
         found |= {name: values[index] for name, values in self.numbers.items()}
         last = self.affine.new_zeros(len(index), 1, 4)
         last[:, :, 3] = 1
@@ -246,7 +250,7 @@ class DeviceLoader(Randomizable):
         matrix = self.place(buffer, index, generator)
         first = idist.get_rank() * self.batch_size
         own = slice(first, first + self.batch_size)
-        batch = buffer.crops(index[own], matrix[own], self.crop.size, self.crop.mirror)
+        batch = buffer.crops(index[own], matrix[own], self.crop.size, self.crop.mirror, self.crop.on_grid)
         if self.crop.spatial_dims == 2:
             batch |= {key: batch[key][..., 0] for key in self.keys} | {"spacing": batch["spacing"][:, :2]}
         for transform in self.augmentation:

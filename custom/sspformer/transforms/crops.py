@@ -113,6 +113,7 @@ class CropSampler:
         self.size = tuple(int(side) for side in (*crop_size, 1)[:3])
         self.scale, self.rotate, self.prob, self.margin = bounds, rotate, prob, margin
         self.flip_prob, self.mirror = (*flips, 0.0)[:3], mirror
+        self.on_grid = bounds == (1, 1) and rotate == 0  # every crop lies on the voxels of its scan
         self._constants: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def constants(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -144,7 +145,7 @@ class CropSampler:
         room = shape - scale * size + 2 * self.margin * size * scaled
         centre = (shape - 1) / 2 + (for_place - 0.5) * room.clamp_min(0)
         start = centre - (step @ (size - 1)[:, None])[..., 0] / 2
-        if low == high == 1 and self.rotate == 0:
+        if self.on_grid:
             chosen = torch.zeros_like(chosen)
         on_grid = ~chosen | (scaled == 0)
         return torch.cat([step, torch.where(on_grid, start.round(), start)[..., None]], dim=2)
