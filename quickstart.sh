@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains, fine-tunes, scores and draws, within ten minutes on a CPU: ./quickstart.sh --help
+# Pretrains, fine-tunes, scores and draws, in about ten minutes on a CPU: ./quickstart.sh --help
 # PYTHON and SSPFORMER_PYTHON: see scripts/ensure_venv.sh.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
