@@ -179,7 +179,7 @@ def segment(bench: Bench, crop: int, batch: int, patch: int) -> None:
 
 
 def write_heads(folder: Path, shape: tuple[int, int, int], n: int) -> list[Path]:
-    """Smooth random volumes as ``.nii.gz``, 2 mm voxels: they stand for scans where only time counts."""
+    """Smooth random volumes as ``.nii.gz``, 1 mm voxels: they stand for scans where only time counts."""
     random, paths = np.random.default_rng(0), []
     for i in range(n):
         coarse = torch.from_numpy(random.random((1, 1, 6, 6, 6), dtype=np.float32))

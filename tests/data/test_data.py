@@ -57,6 +57,17 @@ def nifti(path, array=None, affine=None, image_class=nib.Nifti1Image, **header):
     return path
 
 
+def set_pixels(ds, pixels, signed, elements):
+    """The 16-bit pixels of a slice ``(X, Y)``, then other elements of the header; None deletes one."""
+    ds.Columns, ds.Rows = pixels.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated = ds.BitsStored = 16
+    ds.HighBit, ds.PixelRepresentation = 15, int(signed)
+    ds.PixelData = np.ascontiguousarray(pixels.T).astype("<i2" if signed else "<u2").tobytes()
+    for key, value in elements.items():
+        delattr(ds, key) if value is None else setattr(ds, key, value)
+
+
 def dicom_slice(array, affine, k, series, patient_id=PHI[1], **elements):
     """Slice k of a volume (X, Y, Z) with an affine to RAS mm, as an MR dataset."""
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
@@ -74,13 +85,7 @@ def dicom_slice(array, affine, k, series, patient_id=PHI[1], **elements):
     axes = np.concatenate([lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1]])
     ds.ImageOrientationPatient = [float(f"{v:.8g}") for v in axes]
     ds.PixelSpacing = [float(spacing[1]), float(spacing[0])]
-    ds.Columns, ds.Rows = array.shape[:2]
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
-    ds.BitsAllocated = ds.BitsStored = 16
-    ds.HighBit, ds.PixelRepresentation = 15, 1
-    ds.PixelData = np.ascontiguousarray(array[:, :, k].T).astype("<i2").tobytes()
-    for key, value in elements.items():
-        delattr(ds, key) if value is None else setattr(ds, key, value)
+    set_pixels(ds, array[:, :, k], signed=True, elements=elements)
     return ds
 
 

@@ -29,6 +29,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from test_data import set_pixels
 from torch import nn
 
 from sspformer.data import DatasetOptions, find_inputs, prepare_datalist, prepare_pairs
@@ -200,13 +201,7 @@ def dicom_slice(array, k, patient="P1", series="1.2.3.4", spacing=(2.0, 2.0, 3.0
     ds.PatientID = ds.PatientName = patient
     ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [-20, -20, k * spacing[2]]
     ds.PixelSpacing, ds.SliceThickness = list(spacing[1::-1]), spacing[2]
-    ds.Columns, ds.Rows = array.shape[:2]
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
-    ds.BitsAllocated = ds.BitsStored = 16
-    ds.HighBit, ds.PixelRepresentation = 15, 0
-    ds.PixelData = np.ascontiguousarray(array[:, :, k].T).astype("<u2").tobytes()
-    for key, value in elements.items():
-        delattr(ds, key) if value is None else setattr(ds, key, value)
+    set_pixels(ds, array[:, :, k], signed=False, elements=elements)
     ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID") or generate_uid()
     return ds
 
