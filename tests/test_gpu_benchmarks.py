@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.pack import decode, encode
-from benchmarks.gpu.study import ENCODERS, command, keep_encoders, queue, weights
+from benchmarks.gpu.study import DESIGNS, ENCODERS, command, keep_encoders, queue, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,3 +83,15 @@ def test_what_ships_is_trained_from_one_encoder(tmp_path):
     assert "--encoder#patch_size" not in options[2] and "hippocampus.json" in words[2][6]  # 8 voxels of 1 mm
     assert {line["--pretrained"] for line in options[1:]} == {str(tmp_path / "weights_encoder.pt")}
     assert [int(line["--epochs"]) for line in options] == [20, 18, 12]  # of 150, 500 and 500 steps
+
+
+def test_every_contender_changes_the_pretraining_or_the_fine_tuning(tmp_path):
+    (tmp_path / "brain.json").write_text(json.dumps({"training": [{}] * 110}))
+    known = {run.name: {"best": 0.5} for run in queue({})}
+    runs = {run.name: run for run in queue(known)}
+    plain = command(runs["pretrain_random_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
+    for design in DESIGNS:
+        words = command(runs[f"pretrain_random-{design}_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
+        assert words != plain
+        files = [word for word in words[6].strip("[]").replace("'", "").split(",") if "benchmarks" in word]
+        assert all(Path(file).is_file() for file in files) and len(files) == (design == "whole")

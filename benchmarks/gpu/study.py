@@ -12,7 +12,9 @@ the machine. Each seed has a pretraining of its own.
 2. *Arms*, seeds 0 to 2, 6,000 steps, validated every 500: scratch (the better patch), random masks, scheduled masks
    (beta 0.5), random masks without noise, scheduled masks without noise.
 3. *Why 48^3 lost*, seed 0: the recipe of the random-mask arm with crops of 48^3, and with layer decay 0.5 and 1.
-4. *Rotation* in pretraining (0.26 rad), seed 0.
+4. *Design*, seed 0, 3,000 steps, against the random masks of the recipe, one change at a time (``DESIGNS``): the
+   whole network pretrained, tokens of 6 mm, mask ratios of 0.6 and 0.9, patches normalised as the target, a spectral
+   term in the loss, rotation by 0.26 rad in pretraining.
 5. *More labels*: 20 and 110 subjects, seeds 0 to 2, three arms.
 
 Pretraining: 1,500 steps of 48 crops of 64^3. Each finished run is a line of ``results.jsonl``: its name, settings, the
@@ -38,13 +40,24 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import BUNDLE, facts
+from benchmarks.common import BUNDLE, ROOT, facts
 
 #: of a run that fails
 TRIES = 2
 #: files that may lie in OUT beside the tables
 ENCODERS = 5
 RATES = (0.0003, 0.0007, 0.0015, 0.003)
+#: contenders of the design: options of the pretraining, and of the fine-tuning
+FINE = {name: [1.5, 1.5, 1.5] for name in ("spacing", "min_spacing", "max_spacing")}
+DESIGNS: dict[str, tuple[dict, dict]] = {
+    "whole": ({"overlay": "benchmarks/study/configs/whole_network.json"}, {}),
+    "6mm": (FINE, {"spacing": [1.5, 1.5, 1.5]}),
+    "ratio60": ({"mask_ratio": 0.6}, {}),
+    "ratio90": ({"mask_ratio": 0.9}, {}),
+    "normalized": ({"loss_function#normalize_target": True}, {}),
+    "spectral": ({"loss_function#spectral_weight": 1.0}, {}),
+    "rotated": ({"crops#sampler#rotate": 0.26}, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,7 @@ def pretraining(arm: str, seed: int) -> Run:
     options: dict = {"beta": 0.0 if arm.startswith("random") else 0.5}
     if arm.endswith("clean"):
         options["noise"] = "null"
-    if arm.endswith("rotated"):
-        options["crops#sampler#rotate"] = 0.26
+    options |= DESIGNS.get(arm.split("-")[-1], ({}, {}))[0]
     return Run(f"pretrain_{arm}_{seed}", "pretrain", seed, steps=1500, options=options)
 
 
@@ -106,7 +118,9 @@ def queue(results: dict[str, dict]) -> list[Run]:
         if labels == 5:
             runs.append(segmentation("random", 0, 5, random[1], 3000, crop_size=[48, 48, 48]))
             runs += [segmentation("random", 0, 5, random[1], 3000, layer_decay=decay) for decay in (0.5, 1.0)]
-            runs += [pretraining("random-rotated", 0), segmentation("random-rotated", 0, 5, random[1], 6000)]
+            for design, (_, fine_tuning) in DESIGNS.items():
+                arm = f"random-{design}"
+                runs += [pretraining(arm, 0), segmentation(arm, 0, 5, random[1], 3000, **fine_tuning)]
     return list({run.name: run for run in runs}.values())
 
 
@@ -136,7 +150,8 @@ def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> lis
     subjects = 2 if smoke else run.options.get("data_options#max_subjects", scans)
     steps = 2 if smoke else run.steps
     if run.kind == "pretrain":
-        config = "['configs/pretrain.json']"
+        overlay = f",'{ROOT / run.options['overlay']}'" if "overlay" in run.options else ""
+        config = f"['configs/pretrain.json'{overlay}]"
         batch, per_epoch = (2, 2) if smoke else (48, 150)
         options |= {"spacing": [2, 2, 2], "min_spacing": [2, 2, 2], "max_spacing": [2, 2, 2], "encoder#patch_size": 4}
         options |= {"encoder_path": out / "encoder.pt", "learning_rate": 0.001}
@@ -153,7 +168,7 @@ def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> lis
         "val_interval": 1 if run.kind == "segment" else epochs,
     }
     options["crops_per_scan"] = max(1, round(per_epoch * batch / scans))
-    options |= {key: value for key, value in run.options.items() if key != "crop_size"}
+    options |= {key: value for key, value in run.options.items() if key not in ("crop_size", "overlay")}
     if smoke and run.kind == "segment":  # few windows of one scan
         options |= {"data_options#max_subjects": subjects, "roi_size": [64] * 3, "validate#max_scans": 1}
     words = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", config]
