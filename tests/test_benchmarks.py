@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import RESULTS, save_csv
+from benchmarks.common import RESULTS, read_csv, save_csv
 from benchmarks.restoration import super_resolution
 from benchmarks.study import intervals, protocol, report, runs
 from benchmarks.study.whole_network import MaskedDense
@@ -239,7 +240,28 @@ def test_the_page_of_the_study_shows_what_the_results_say():
     summary = [row for file in files for row in report.read_results(file.name)]
     others = (report.read_results(f"study_{name}.csv") for name in ("pretraining", "curves"))
     page = protocol.PAGE.read_text()
-    assert page == report.with_tables(page, report.page_tables(summary, *others))
+    tables = report.page_tables(summary, *others) | {"gpu": report.gpu_table(report.read_results("study_gpu.csv"))}
+    assert page == report.with_tables(page, tables)
+
+
+def test_what_a_gpu_brings_back_is_tabulated(tmp_path):
+    def line(arm, seed, best, **more):
+        options = {"learning_rate": 0.0007, "data_options#max_subjects": 5}
+        run = {"kind": "segment", "name": f"segment_{arm}_{seed}_5_0.0007_3000", "steps": 3000, "options": options}
+        return json.dumps(run | {"best": best, "last": best, "to_95": 500, "seconds": 60.0, "gpu": "H100"} | more)
+
+    lines = [line("scratch8", 0, 0.7), line("scratch4", 0, 0.6), line("random", 0, 0.75), line("random", 1, 0.8)]
+    lines += [json.dumps({"kind": "pretrain", "name": "pretrain_random_0"}), line("random", 2, 0.1, error="no memory")]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    save_csv(tmp_path / "study_gpu.csv", report.gpu_rows(tmp_path / "results.jsonl"))
+    rows = [
+        {**row, "n_labels": int(row["n_labels"]), "seed": int(row["seed"]), "steps": int(row["steps"])}
+        | {name: float(row[name]) for name in ("learning_rate", "best", "to_95")}
+        for row in read_csv(tmp_path / "study_gpu.csv")
+    ]
+    table = report.gpu_table(rows).splitlines()
+    assert "| 5 | 3000 | random | 0.0007 | 2 | 0.775 [0.750, 0.800] | +0.050 | 500, 500 |" in table
+    assert len(table) == 5
 
 
 def test_runs_take_the_place_of_the_same_published_ones(tmp_path, monkeypatch):

@@ -14,15 +14,18 @@ remove the folders that it concerns.
 - ``robustness`` evaluates again, on test scans with artifacts.
 - ``report`` puts the rows of complete runs into the published ones, ``results/study_*.csv``, and makes of all of them
   the tables with intervals, in ``results`` and in the page, and the picture. It needs neither data nor runs. Before a
-  study of other data or with other settings, remove the published rows.
+  study of other data or with other settings, remove the published rows. ``--gpu results.jsonl`` publishes what
+  ``benchmarks/gpu/run.sh ... study`` brought back, too.
 
 ``--jobs`` runs share the CPU cores, in the order of their worth: the main arms of one seed, then the next. ``--full``
 adds the other arms, numbers of labels and the peers.
 """
 
-from benchmarks.common import add_runs, argument_parser
+from pathlib import Path
+
+from benchmarks.common import RESULTS, add_runs, argument_parser, save_csv
 from benchmarks.study.protocol import ARMS, PEERS, SEEDS, STAGES, TASKS
-from benchmarks.study.report import report
+from benchmarks.study.report import gpu_rows, report
 from benchmarks.study.runs import Study, matrix, run_all
 
 
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--gpu", type=Path, help="results.jsonl of a GPU, for the report")
     parser.add_argument("--full", action="store_true", help="all arms, numbers of labels and peers")
     args = parser.parse_args()
     study = Study(args.data, args.work_dir, args.jobs)
@@ -45,6 +49,8 @@ def main() -> None:
             print(f"{group[0][0]}:", flush=True)
             failed += run_all(cells, args.jobs)
     if "report" in args.stages:
+        if args.gpu:
+            save_csv(RESULTS / "study_gpu.csv", gpu_rows(args.gpu))
         report(study)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def report(study: Study) -> None:
         every = mean_over(losses, "artifact", "dice", {protocol.ROBUSTNESS[0]: len(protocol.ARTIFACTS)})
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         summaries += publish(summary, "study_robustness_summary.csv")
-    protocol.PAGE.write_text(with_tables(protocol.PAGE.read_text(), page_tables(summaries, pretrained, curves)))
+    tables = page_tables(summaries, pretrained, curves) | {"gpu": gpu_table(read_results("study_gpu.csv"))}
+    protocol.PAGE.write_text(with_tables(protocol.PAGE.read_text(), tables))
     print(f"tables written to {protocol.PAGE}")
 
 
@@ -136,8 +138,8 @@ def collect_restoration(study: Study) -> list[dict]:
 
 def read_results(name: str) -> list[dict]:
     """The rows of a CSV file in the results, without empty cells; none if there is no such file."""
-    texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed"}
-    kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds", "step"), int)}
+    texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed", "settings", "gpu"}
+    kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds", "step", "steps"), int)}
     return [{k: kinds.get(k, float)(v) for k, v in row.items() if v} for row in read_csv(RESULTS / name)]
 
 
@@ -256,6 +258,48 @@ def speed_table(curves: Sequence[dict], names: Mapping[str, str]) -> str:
         body += [[*line[:2], ", ".join(line[2]), ", ".join(line[3])]] if line[2] else []
     body.sort(key=lambda line: line[0])
     return markdown(["", "start", "best Dice of each seed", "steps to 95 % of the best of scratch"], body)
+
+
+def gpu_rows(file: Path) -> list[dict]:
+    """The fine-tunings in what a GPU brought back; the last line of a run counts."""
+    rows = {}
+    for run in map(json.loads, file.read_text().splitlines()):
+        if run["kind"] == "segment" and "error" not in run:
+            arm, seed, n_labels = run["name"].split("_")[1:4]
+            known = {"start": arm, "n_labels": int(n_labels), "seed": int(seed), "steps": run["steps"]}
+            settings = {name.split("#")[-1]: value for name, value in run["options"].items() if name != "overlay"}
+            known |= {"learning_rate": settings["learning_rate"], "settings": json.dumps(settings, sort_keys=True)}
+            figures = {name: run[name] for name in ("best", "last", "to_95", "seconds", "gpu") if name in run}
+            rows[run["name"]] = known | figures
+    return list(rows.values())
+
+
+def gpu_table(rows: Sequence[dict]) -> str:
+    """Best Dice of the validation on a GPU: mean, lowest and highest seed, and the mean lead over scratch's seeds."""
+    groups: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        groups.setdefault((row["n_labels"], row["steps"], row["start"], row["settings"]), {})[row["seed"]] = row
+    body = []
+    for (n_labels, steps, start, _), seeds in sorted(groups.items(), key=lambda item: item[0][:2]):
+        best = {seed: row["best"] for seed, row in seeds.items()}
+        mean = sum(best.values()) / len(best)
+        spread = f" [{min(best.values()):.3f}, {max(best.values()):.3f}]" if len(best) > 1 else ""
+        scratch = [
+            {seed: row["best"] for seed, row in others.items()}
+            for (n, other_steps, name, _), others in groups.items()
+            if name.startswith("scratch") and (n, other_steps) == (n_labels, steps)
+        ]
+        leads = []
+        if not start.startswith("scratch"):
+            for seed in best:
+                if at_best := [other[seed] for other in scratch if seed in other]:
+                    leads.append(best[seed] - max(at_best))
+        lead = f"{sum(leads) / len(leads):+.3f}" if leads else ""
+        rate = f"{next(iter(seeds.values()))['learning_rate']:g}"
+        half = ", ".join(str(int(row["to_95"])) for _, row in sorted(seeds.items()))
+        body.append([str(n_labels), str(steps), start, rate, str(len(best)), f"{mean:.3f}{spread}", lead, half])
+    header = ["labelled", "steps", "start", "rate", "seeds", "best Dice", "over the best scratch", "steps to 95 %"]
+    return markdown(header, body)
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
