@@ -5,12 +5,18 @@ import os
 import numpy as np
 import pytest
 import torch
-from monai.data import Dataset, MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor
 
 from sspformer.data import DeviceLoader
-from sspformer.engines import PrepareMaskedBatch, TrainStep
+from sspformer.engines import (
+    AutocastSlidingWindowInferer,
+    InferenceDataset,
+    InferenceEvaluator,
+    PrepareMaskedBatch,
+    TrainStep,
+)
 from sspformer.losses import BalancedDiceCELoss, MaskedReconstructionLoss
-from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder
+from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder, SSPFormerRestorer, network_to_run
 from sspformer.transforms import (
     BatchedBiasField,
     BatchedContrast,
@@ -105,3 +111,40 @@ def test_a_compiled_step_learns_as_an_eager_one(task):
         assert step.is_compiled is compile, "it fell back"
     np.testing.assert_allclose(losses[True], losses[False], rtol=2e-2)
     assert losses[True][-1] < losses[True][0]
+
+
+@pytest.mark.parametrize("task", ["segment", "denoise"])
+def test_compiled_windows_in_batches_give_what_single_ones_give_on_the_cpu(task, caplog):
+    """Three scans, one ahead of the other. The 12 windows of each are three batches of 5; the last is filled up."""
+    torch.manual_seed(0)
+    encoder = SSPFormerEncoder(**TINY)
+    if task == "segment":
+        network = SSPFormerDense(encoder, 3, features=8)
+    else:
+        network = SSPFormerRestorer(encoder, features=8, noise_scaled=True)
+        torch.nn.init.normal_(network.head.weight, std=0.02)
+    images = torch.rand(3, 1, 48, 40, 40, generator=torch.Generator().manual_seed(1))
+    items = [{"image": f"{i}.nii.gz"} for i in range(3)]
+    images = {f"{i}.nii.gz": {"image": image, "name": str(i)} for i, image in enumerate(images)}
+
+    def predict(device, windows, amp, **settings):
+        written = []
+        evaluator = InferenceEvaluator(
+            device=torch.device(device),
+            val_data_loader=DataLoader(InferenceDataset(items, lambda item: images[item["image"]]), batch_size=1),
+            network=network_to_run(network, "model.pt", device),
+            inferer=AutocastSlidingWindowInferer((24, 24, 24), windows, 0.25, mode="gaussian", enabled=amp),
+            postprocessing=lambda data: written.append(data["pred"].float().cpu().clone()) or data,
+            compile_kwargs={} if DEVICE == "cuda" else {"backend": "aot_eager"},
+            **settings,
+        )
+        evaluator.run()
+        assert len(written) == 3, evaluator.state.output
+        return torch.stack(written)
+
+    expected = predict("cpu", 1, False, compile=False)
+    with caplog.at_level("INFO", "sspformer"):
+        for amp, compile, tolerance in ((False, False, 5e-3), (True, True, 5e-2)):  # of the range; TF32 on a GPU
+            found = predict(DEVICE, 5, amp, compile=compile)
+            assert (found - expected).abs().max() < tolerance * (expected.max() - expected.min()), (amp, compile)
+    assert caplog.text.count("the network is compiled") == 1, caplog.text

@@ -53,7 +53,7 @@ def main() -> None:
     if not args.smoke:
         tests = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *TESTS]
         try:
-            report = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True, timeout=90).stdout
+            report = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
         except subprocess.TimeoutExpired as error:
             report = (error.stdout or b"").decode() + "\nout of time"
         for line in report.splitlines()[-25:]:

@@ -12,7 +12,8 @@ In this order, until the minutes are over:
 - ``segment``: a step of four crops of 64^3, eager and compiled, each with and without channels-last convolutions;
 - ``loader``: crops a second of :class:`sspformer.data.DeviceLoader` alone, of the whole step fed by it, and of
   ``python -m monai.bundle run training`` on the same scans;
-- ``inference``: one scan of 256 x 256 x 180 voxels from file to file, and a batch of 32.
+- ``inference``: a scan of 256 x 256 x 180 voxels from file to file, alone and each of a batch of 32, against the aims
+  of 1.5 and 0.5 s; shorter batches without overlap and compiled.
 
 A time is the median of ten, each over calls for 50 ms. ``--smoke`` runs all of it with toy sizes on the CPU: it says
 whether the script runs, and nothing about speed.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -237,22 +239,32 @@ def loader(bench: Bench, folder: Path, crop: int, batch: int, scans: int, epochs
     )
 
 
-def inference(bench: Bench, folder: Path, shape: tuple[int, int, int], n: int) -> None:
-    """Seconds from file to file: one scan, and each of a batch, as the bundle's own report has them."""
-    data = folder / "heads"
-    data.mkdir()
-    write_heads(data, shape, n)
-    out = folder / "results"
+def inference(bench: Bench, folder: Path, shape: tuple[int, int, int], n: int, *options: str) -> None:
+    """Seconds from file to file of n scans, as the bundle's own report has them.
+
+    ``each`` is the mean, whose aim is 1.5 s for one scan and 0.5 s in a batch. The first scan also pays for CUDA's
+    start, and for compiling; ``later`` is the mean without it.
+    """
+    data, out = folder / f"{n} heads", folder / f"results {len(bench.rows)}"
+    if not data.exists():
+        data.mkdir()
+        (head,) = write_heads(data, shape, 1)
+        for i in range(1, n):
+            os.link(head, data / f"sub-{i:03d}.nii.gz")
     command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
-    command += ["--dataset_dir", data, "--output_dir", out, "--bundle_root", "."]
+    command += ["--dataset_dir", data, "--output_dir", out, "--bundle_root", ".", *options]
     start = time.perf_counter()
-    subprocess.run([str(word) for word in command], cwd=BUNDLE, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    run = subprocess.run([str(word) for word in command], cwd=BUNDLE, capture_output=True, text=True, timeout=240)
     total = time.perf_counter() - start
+    if run.returncode:
+        raise RuntimeError(run.stderr.strip()[-300:])
     rows = np.genfromtxt(out / "inference.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
     seconds = np.atleast_1d(rows["seconds"]).astype(float)
-    bench.add(
-        "inference", scans=n, first=seconds[0], median=float(np.median(seconds)), with_start=total / n, shape=shape
-    )
+    values = {"first": seconds[0], "later": float(seconds[1:].mean()) if n > 1 else float("nan"), "with_start": total}
+    reached = bool(seconds.mean() <= (1.5 if n == 1 else 0.5))
+    compiled = "the network is compiled" in run.stdout + run.stderr
+    setting = {"scans": n, "options": " ".join(options), "compiled": compiled, "shape": shape}
+    bench.add("inference", each=float(seconds.mean()), reached=reached, **values, **setting)
 
 
 def main() -> None:
@@ -270,12 +282,14 @@ def main() -> None:
         jobs: list[partial] = [partial(ceiling, bench, 256 if args.smoke else 8192)]
         if args.smoke:
             jobs += [partial(pretrain, bench, "tiny", 16, 8, 2), partial(segment, bench, 16, 1, 8)]
-            jobs += [partial(loader, bench, folder, 16, 4, 4, 2), partial(inference, bench, folder, (20, 24, 18), 1)]
+            jobs += [partial(loader, bench, folder, 16, 4, 4, 2), partial(inference, bench, folder, (20, 24, 18), 2)]
         else:
             jobs += [partial(pretrain, bench, "tiny", 96, 8, 64), partial(pretrain, bench, "tiny", 48, 4, 64)]
             jobs += [partial(segment, bench, 64, 4, 8), partial(segment, bench, 64, 4, 4)]
             jobs += [partial(loader, bench, folder, 64, 128, 32, 8)]
-            jobs += [partial(inference, bench, folder, (256, 256, 180), 33)]
+            head = partial(inference, bench, folder, (256, 256, 180))
+            jobs += [partial(head, 1), partial(head, 32), partial(head, 12, "--evaluator#ahead", "false")]
+            jobs += [partial(head, 12, "--compile", "true")]
             for size in ("small", "base"):
                 jobs += [partial(pretrain, bench, size, image, patch, 32) for image, patch in ((96, 8), (48, 4))]
         for job in jobs:

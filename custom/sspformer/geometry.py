@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["check_resampled_shape", "free_memory", "grid_problem"]
+__all__ = ["check_resampled_shape", "free_memory", "grid_problem", "memory_needed"]
 
 # What a scan can have. docs/inputs.md says why.
 SPACING = (0.01, 20.0)  # mm along each axis
@@ -89,13 +89,18 @@ def check_resampled_shape(shape: Sequence[int], option: str, name: str, channels
     sides = "x".join(str(int(side)) for side in shape)
     if min(shape) < LEAST_SIDES[0] or max(shape) < LEAST_SIDES[1]:
         raise ValueError(f"{name}: {option} leaves {sides} voxels, too few to work on.")
-    need = math.prod(map(int, shape)) * (BYTES_PER_VOXEL + BYTES_PER_CHANNEL * channels)
+    need = memory_needed(shape, channels)
     free = free_memory()
     if need > free:
         raise ValueError(
             f"{name}: {option} makes {sides} voxels, which need {need / 1e9:.3g} GB of memory; {free / 1e9:.3g} GB are "
             "free."
         )
+
+
+def memory_needed(shape: Sequence[int], channels: int = 0) -> int:
+    """Bytes that a scan on the network's grid needs until its result is written; see :func:`check_resampled_shape`."""
+    return math.prod(map(int, shape)) * (BYTES_PER_VOXEL + BYTES_PER_CHANNEL * channels)
 
 
 def free_memory() -> float:

@@ -230,6 +230,11 @@ SCHEMA: dict[str, Option] = {
             "device": (DEVICE, "[where it computes](inference.md#devices); `cuda` if there is a GPU, else `cpu`"),
             "num_workers": (integer("[0, inf)"), "processes that load data; guessed from the machine"),
             "amp": (FLAG, "bfloat16 autocast; on where the device has it in hardware"),
+            "compile": (
+                either(_words("auto"), FLAG),
+                "compile the training step, or the network in inference; `auto`: on a GPU, and in inference for 200 "
+                "scans or more. Where that fails the log says why, and it runs as it is",
+            ),
             "encoder": (COMPONENT, "the encoder, or [one of your own](python.md)"),
             "encoder#size": (_words("tiny", "small", "base"), "5 M, 21 M or 85 M parameters"),
             "encoder#patch_size": (either(SIDES, _list(SIDES, 2, 3)), "sides of a patch in voxels"),
@@ -282,11 +287,6 @@ SCHEMA: dict[str, Option] = {
                 _words("auto", "device", "host", "disk"),
                 "where the scans lie while crops are drawn; `auto`: the first of the others in which they take at most "
                 "half of the free memory",
-            ),
-            "compile": (
-                either(_words("auto"), FLAG),
-                "compile the training step; `auto`: on a GPU. Where that fails the log says why, and the step runs as "
-                "it is",
             ),
             "validate#max_scans": (either(integer("[1, inf)"), ALL), "validate on this many held-out scans at most"),
             "crop_size": (_list(SIDES, 2, 3), "sides of the crops in voxels; for super-resolution with the `margin`"),
@@ -420,7 +420,7 @@ SCHEMA: dict[str, Option] = {
                 "DICOM results for DICOM scans: a DICOM SEG that references the series, or a new series; needs "
                 "highdicom",
             ),
-            "inferer#sw_batch_size": (integer("[1, inf)"), "windows at a time"),
+            "inferer#sw_batch_size": (integer("[1, inf)"), "windows at a time; 8 on a GPU, else 1"),
             "largest_component": (
                 FLAG,
                 "segmentation: keep the largest connected region of all structures together; by default for the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -13,9 +12,7 @@ from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
-from ..options import flag
-
-logger = logging.getLogger("sspformer")
+from .compiling import compiled_or_plain, whether_to_compile
 
 
 class TrainStep:
@@ -47,10 +44,7 @@ class TrainStep:
         compile: bool | str = "auto",
         backend: str = "inductor",
     ) -> None:
-        try:
-            self.compile = "auto" if compile == "auto" else flag(compile)
-        except ValueError:
-            raise ValueError(f"compile must be true, false or auto, got {compile!r}.") from None
+        self.compile = whether_to_compile(compile)
         self.network, self.loss_function, self.amp, self.backend = network, loss_function, amp, backend
         self._compiled: Any = None
 
@@ -89,8 +83,6 @@ class TrainStep:
             on_one_gpu = batch[0].device.type == "cuda" and not several
             wanted = on_one_gpu if self.compile == "auto" else self.compile
             self._compiled = self._first(batch) if wanted else self.loss
-            if self.is_compiled:
-                logger.info("the training step is compiled")
         if self.is_compiled:
             torch.compiler.cudagraph_mark_step_begin()
         loss = self._compiled(*batch)
@@ -102,20 +94,12 @@ class TrainStep:
         # with several processes the gradients' exchange breaks the graph, so kernels are fused only
         several = isinstance(self.network, nn.parallel.DistributedDataParallel)
         graphs = {"mode": "reduce-overhead"} if self.backend == "inductor" and not several else {}
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        try:
-            compiled = torch.compile(self.loss, backend=self.backend, **graphs)
-            for _ in range(2 if graphs else 1):  # CUDA graphs are recorded in the second call
-                torch.compiler.cudagraph_mark_step_begin()
-                compiled(*batch).backward()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # of a compiler that is missing, of an operator that it does not know, ...
-            reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
-            logger.warning(f"the training step runs without torch.compile: {type(error).__name__}: {reason}")
-            compiled = self.loss
-        for parameter in parameters:
-            parameter.grad = None
+        compiled = compiled_or_plain(
+            self.loss, lambda loss: loss(*batch).backward(), "the training step", {"backend": self.backend, **graphs}
+        )
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
         return compiled
 
 

@@ -63,8 +63,12 @@ class ExportedNetwork(nn.Module):
 
 def network_to_run(network: nn.Module, weights: str | Path, device: torch.device | str) -> nn.Module:
     """The network of the file ``weights`` if that is a ``.pt2``, else ``network``, whose weights are loaded later; both
-    on the device."""
-    return ExportedNetwork(weights, device) if is_exported(weights) else network.to(device)
+    on the device. On CUDA, 3D convolutions have their channels last in memory, as the kernels for bfloat16 want them.
+    """
+    if is_exported(weights):
+        return ExportedNetwork(weights, device)
+    channels_last = {"memory_format": torch.channels_last_3d} if torch.device(device).type == "cuda" else {}
+    return network.to(device, **channels_last)
 
 
 def export_network(network: nn.Module, shape: list[int] | None = None) -> ExportedProgram:
