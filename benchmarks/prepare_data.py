@@ -43,9 +43,9 @@ DOWNLOADS = {
     "ixi": (
         "T1 heads of IXI: test_data/processed/IXI in github.com/CBICA/NiChart_Project and its history, at 2 mm, or the "
         "original IXI-T1.tar of brain-development.org/ixi-dataset",
-        f"{TRAINING}, study.equal_loss, study.layer_decay",
+        f"{TRAINING}, study.equal_loss",
     ),
-    "ixi_labels": ("DLMUSE labels of IXI, from the same NiChart folder", f"{TRAINING}, study.layer_decay"),
+    "ixi_labels": ("DLMUSE labels of IXI, from the same NiChart folder", TRAINING),
     "msd_hippocampus": ("Task04_Hippocampus.tar of medicaldecathlon.com", f"{TRAINING}, study.nnunet"),
     "ds002748": ("openneuro.org/datasets/ds002748", f"restoration, figures.other_scanners, {TRAINING}"),
     "ds000011": ("openneuro.org/datasets/ds000011", f"restoration, figures.other_scanners, {TRAINING}"),

@@ -1,4 +1,4 @@
-"""The parts of the study that are not the bundle's own: masks by loss, intervals, tables, the matrix."""
+"""The parts of the study that are not the bundle's own: intervals, tables, the order of the runs."""
 
 from __future__ import annotations
 
@@ -12,59 +12,12 @@ import torch
 
 from benchmarks.common import RESULTS, save_csv
 from benchmarks.restoration import super_resolution
-from benchmarks.restoration.evaluation import bundle_config
 from benchmarks.study import intervals, protocol, report, runs
-from benchmarks.study.hard_patches import HardPatchMask
+from benchmarks.study.whole_network import MaskedDense
 from sspformer.engines import EvaluationReport
-from sspformer.intensity import noise_level
 from sspformer.kspace import fourier_resample
-from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder
-from sspformer.transforms import patch_energy
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    """Two crops with air on one side, ``(2, 1, 32, 32, 32)``."""
-    images = torch.rand(2, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
-    images[:, :, :8] = 0
-    return images
-
-
-@pytest.fixture
-def network() -> MaskedAutoencoder:
-    torch.manual_seed(0)
-    return MaskedAutoencoder(SSPFormerEncoder(dim=32, depth=1, num_heads=2), 24, 1, 1)
-
-
-def test_every_patch_is_hidden_once_or_twice_when_its_loss_is_measured(network, images, monkeypatch):
-    seen = []
-    forward = network.forward
-    monkeypatch.setattr(
-        network, "forward", lambda image, keep, mask: (seen.append(mask), forward(image, keep, mask))[1]
-    )
-    mask = HardPatchMask(network, 8, amp=False)
-    _, foreground = patch_energy(images, (8, 8, 8))
-    loss = mask.patch_loss(images, foreground, torch.Generator().manual_seed(0))
-    assert loss.shape == (2, 64) and (loss > 0).all() and not loss.requires_grad
-    hidden = torch.cat(seen, dim=1)
-    assert all(set(row.tolist()) == set(range(64)) for row in hidden)
-
-
-def test_the_hardest_patches_are_hidden_and_the_rest_is_drawn(network, images, monkeypatch):
-    loss = torch.arange(64.0).repeat(2, 1)  # the last are the hardest
-    monkeypatch.setattr(HardPatchMask, "patch_loss", lambda *_: loss)
-    mask = HardPatchMask(network, 8, ratio=0.75, beta=0.5, amp=False)
-    masks = [mask(images, None, torch.Generator().manual_seed(seed)).to_map() for seed in range(40)]
-    often = torch.stack(masks).float().mean(dim=(0, 1))
-    assert all(mask.sum(dim=1).tolist() == [48, 48] for mask in masks)
-    assert (often[-24:] == 1).all()  # half of 48, all of them foreground here
-    assert 0.2 < often[:16].min() and often[16:40].max() < 1  # nobody else is sure of it
-
-
-def test_no_network_is_asked_while_the_share_is_zero(network, images, monkeypatch):
-    monkeypatch.setattr(HardPatchMask, "patch_loss", lambda *_: pytest.fail("measured for nothing"))
-    indices = HardPatchMask(network, 8, beta=0.0)(images, None, torch.Generator().manual_seed(0))
-    assert indices.mask.shape == (2, 48) and indices.keep.shape == (2, 16)
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder, load_pretrained
+from sspformer.transforms import MaskIndices, voxel_mask
 
 
 def test_intervals_are_as_wide_as_the_seeds_differ():
@@ -85,13 +38,13 @@ def test_differences_are_paired_over_seeds_and_subjects():
     rows = [
         {"task": "t", "n_labels": 10, "start": start, "seed": seed, "subject": subject, "dice": dice + gain}
         for (seed, subject), dice in base.items()
-        for start, gain in (("scratch", 0.0), ("random", 0.0), ("scheduled_long", 0.01))
+        for start, gain in (("scratch", 0.0), ("random", 0.01), ("scheduled", 0.01))
     ]
     lines = {line["arm"]: line for line in intervals.compare(rows[::-1], ["task", "n_labels"], primary=2)}
-    difference = lines["scheduled_long - scratch"]
+    difference = lines["random - scratch"]
     assert difference["mean"] == difference["low"] == difference["high_corrected"] == 0.01  # no spread of its own
     assert lines["scratch"]["high"] - lines["scratch"]["low"] > 0.02
-    assert "low_corrected" not in lines["random - scratch"]  # not a primary comparison
+    assert "low_corrected" not in lines["scheduled - scratch"]  # not a primary comparison
 
 
 def test_seeds_are_paired_by_name_and_only_a_complete_comparison_counts():
@@ -102,11 +55,11 @@ def test_seeds_are_paired_by_name_and_only_a_complete_comparison_counts():
             for subject in "ab"
         ]
 
-    some = rows("scratch", (0, 1, 2), 0.0) + rows("scheduled_long", (0, 2), 0.01)
+    some = rows("scratch", (0, 1, 2), 0.0) + rows("random", (0, 2), 0.01)
     difference = intervals.compare(some, ["task"], primary=2)[-1]
     assert difference["seeds"] == 2 and difference["low"] == difference["high"] == 0.01
     assert "low_corrected" not in difference
-    every = some + rows("scheduled_long", (1,), 0.04)
+    every = some + rows("random", (1,), 0.04)
     difference = intervals.compare(every, ["task"], primary=2)[-1]
     assert difference["mean"] == 0.02 and difference["low_corrected"] == 0.01
     assert difference["low_of_seeds"] == pytest.approx(0.02 - 4.303 * 0.01, abs=1e-4)  # t with 2 degrees of freedom
@@ -119,14 +72,14 @@ def test_the_scores_of_an_evaluation_are_collected_with_and_without_artifacts(tm
     of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
     for folder, dice in (("evaluation", 0.9), ("evaluation_low resolution", 0.6)):
         written = EvaluationReport(
-            of.run_of("hippocampus", 126, "scheduled_long", 1) / folder, ["anterior", "posterior"]
+            of.run_of("hippocampus", 126, "scheduled_clean", 1) / folder, ["anterior", "posterior"]
         )
         written.scans = [{"name": "a", "subject": "a"}]
         written(SimpleNamespace(state=SimpleNamespace(metric_details={"dice": torch.tensor([[dice, dice]])})))
     clean, robust = report.collect(of)
     assert len(clean) == len(robust) == 1 and robust[0]["artifact"] == "low resolution"
     assert clean[0]["dice"] == pytest.approx(0.9) and clean[0]["subject"] == "a" and clean[0]["n_labels"] == 126
-    assert (clean[0]["start"], clean[0]["seed"]) == ("scheduled_long", 1)
+    assert (clean[0]["start"], clean[0]["seed"]) == ("scheduled_clean", 1)
 
 
 def test_no_run_starts_from_an_encoder_that_is_still_learning(tmp_path):
@@ -152,17 +105,20 @@ def test_the_gain_of_restoration_is_over_the_degraded_image_and_a_subject_counts
     (tmp_path / "manifest.csv").write_text("file,split\n")
     of = runs.Study(tmp_path, tmp_path, jobs=2)
     settings = protocol.RESTORATION["denoising"][0]
-    run = tmp_path / f"denoising_{settings['epochs']}" / "random_long_0"
+    run = tmp_path / f"denoising_{settings['epochs']}" / "random_clean_0"
     run.mkdir(parents=True)
     rows = ["scan,subject,level,method,psnr"]
     for level, gain in ((0.01, 1.0), (0.09, 3.0)):
         for scan, subject, more in (("a_T1", "a", 0.0), ("a_T2", "a", 1.0), ("b_T1", "b", 0.0)):
-            rows += [f"{scan},{subject},{level},input,30.0", f"{scan},{subject},{level},random_long,{30 + gain + more}"]
+            rows += [
+                f"{scan},{subject},{level},input,30.0",
+                f"{scan},{subject},{level},random_clean,{30 + gain + more}",
+            ]
     (run / "quality.csv").write_text("\n".join(rows))
     lines = report.collect_restoration(of)
     gains = {(line["degradation"], line["subject"]): line["gain"] for line in lines}
     assert gains == {("0.01", "a"): 1.5, ("0.01", "b"): 1.0, ("0.09", "a"): 3.5, ("0.09", "b"): 3.0}
-    assert {(line["start"], line["seed"]) for line in lines} == {("random_long", 0)}
+    assert {(line["start"], line["seed"]) for line in lines} == {("random_clean", 0)}
     means = report.mean_over(lines, "degradation", "gain", {"denoising": 2})
     assert {line["subject"]: line["gain"] for line in means} == {"a": 2.5, "b": 2.0}
     assert (
@@ -171,18 +127,6 @@ def test_the_gain_of_restoration_is_over_the_degraded_image_and_a_subject_counts
     )
     summary = intervals.compare(means, ["task"], None, "gain")
     assert summary[0]["mean"] == 2.25
-
-
-@pytest.mark.parametrize("peer", list(protocol.RESTORATION_PEERS))
-@pytest.mark.parametrize("task", list(protocol.RESTORATION))
-def test_peers_of_restoration_start_from_their_input(task, peer):
-    config = bundle_config("train", task, "cpu", peer)
-    network, image = config.get_parsed_content("network_def"), torch.rand(1, 1, 16, 16, 16)
-    assert torch.equal(network(image), image) and network.noise_scaled == (task == "denoising")
-    torch.nn.init.ones_(network.head.bias)
-    torch.nn.init.zeros_(network.head.weight)
-    unit = noise_level(image) if task == "denoising" else config.get_parsed_content("network_def#residual_scale")
-    torch.testing.assert_close(network(image), image + unit)
 
 
 def test_the_measured_kspace_of_the_scan_is_put_back_into_the_region():
@@ -199,21 +143,57 @@ def test_the_measured_kspace_of_the_scan_is_put_back_into_the_region():
     assert (better - clean[region]).square().mean() < 0.5 * (same - clean[region]).square().mean()
 
 
-def test_the_reduced_matrix_is_part_of_the_full_one(tmp_path):
+def test_the_runs_come_in_the_order_of_their_worth(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
-    namespace = {
-        "arms": list(protocol.RUNNABLE),
+    every = {
+        "arms": list(protocol.ARMS),
         "peers": list(protocol.PEERS),
         "tasks": list(protocol.TASKS),
         "seeds": [0, 1, 2],
     }
     of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
-    reduced, full = (runs.matrix(of, argparse.Namespace(**namespace, full=full)) for full in (False, True))
-    for stage in ("pretrain", "segment", "restore", "robustness"):
-        names = [cell.name for cell in reduced[stage]]
-        assert len(set(names)) == len(names) and set(names) <= {cell.name for cell in full[stage]}
-        assert not any(cell.complete() for cell in reduced[stage])
-    assert len(full["segment"]) == 3 * 2 * 3 * (1 + len(protocol.RUNNABLE) + len(protocol.PEERS))
+    some, full = (runs.matrix(of, argparse.Namespace(**every, full=full)) for full in (False, True))
+    names = [[cell.name for _, cell in group] for group in full]
+    assert names[: len(some)] == [[cell.name for _, cell in group] for group in some]
+    assert names[0] == ["pretrain random 0", "pretrain scheduled 0"]
+    assert names[1][:3] == [f"segment brain_structures 5 {start} 0" for start in protocol.MAIN]
+    flat = [name for group in names for name in group]
+    assert len(set(flat)) == len(flat) and not any(cell.complete() for group in full for _, cell in group)
+    for name in flat:  # an encoder is there before it is used
+        if name.startswith(("segment", "restore")) and name.split()[-2] in protocol.ARMS:
+            assert flat.index(f"pretrain {name.split()[-2]} {name.split()[-1]}") < flat.index(name)
+    peers = [name for name in flat if name.startswith("segment") and "segresnet" in name]
+    assert len(peers) == sum(len(task["labels"]) for task in protocol.TASKS.values())
+
+
+@pytest.mark.parametrize("start", ["scratch", "scratch_8mm", "random", "segresnet"])
+def test_a_start_has_its_own_network_and_recipe(tmp_path, monkeypatch, start):
+    (tmp_path / "manifest.csv").write_text("file,split\n")
+    of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
+    started: dict[str, list] = {}
+    monkeypatch.setattr(of, "bundle", lambda run_id, config, files, options, output: started.update({run_id: options}))
+    monkeypatch.setattr(of, "encoder", lambda arm, seed: "null")
+    of.segment("brain_structures", 5, start, 0).run()
+    train, test = (dict(zip(o[::2], o[1::2], strict=True)) for o in (started["training"], started["evaluating"]))
+    fine = start in ("scratch_8mm", "random")
+    for options in (train, test):
+        assert options.get("--encoder#patch_size") == ("4" if fine else None)
+        assert options.get("--crop_size") == ("[48, 48, 48]" if fine else None)
+    assert train.get("--layer_decay") == {"random": "0.65", "segresnet": None}.get(start, "1.0")
+    assert int(train["--epochs"]) == (160 if start == "segresnet" else 40)  # of 50 steps
+
+
+def test_how_soon_a_run_is_as_good_as_scratch():
+    def curve(start, seed, *dice):
+        run = {"task": "hippocampus", "n_labels": 10, "start": start, "seed": seed}
+        return [{**run, "step": 100 * (i + 1), "dice": value} for i, value in enumerate(dice)]
+
+    rows = [*curve("scratch", 0, 0.5, 0.7, 0.8), *curve("random", 0, 0.77, 0.8, 0.9), *curve("random", 1, 0.9)]
+    lines = report.speed_table(rows, {"hippocampus": "hippocampus"}).splitlines()
+    assert lines[2:] == [
+        "| hippocampus, 10 labelled | scratch | 0.800 | 300 |",
+        "| hippocampus, 10 labelled | random | 0.900 | 100 |",
+    ]
 
 
 def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
@@ -234,14 +214,14 @@ def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
 def test_a_page_gets_its_tables_anew():
     summary = [
         {"task": "hippocampus", "n_labels": 10, "arm": "scratch", "seeds": 3, "mean": 0.84712},
-        {"task": "hippocampus", "n_labels": 10, "arm": "scheduled_long", "seeds": 3, "mean": 0.85},
-        {"task": "hippocampus", "n_labels": 10, "arm": "scheduled_long - scratch", "seeds": 1}
+        {"task": "hippocampus", "n_labels": 10, "arm": "random", "seeds": 3, "mean": 0.85},
+        {"task": "hippocampus", "n_labels": 10, "arm": "random - scratch", "seeds": 1}
         | {"mean": 0.0029, "low": -0.0011, "high": 0.005},
         {"task": "denoising", "degradation": "mean of all", "arm": "scratch", "seeds": 3, "mean": 2.0},
     ]
     tables = report.page_tables(summary, [])
     assert tables["main"].splitlines() == [
-        "|  | scratch | scheduled, long | scheduled, long - scratch |",
+        "|  | scratch | random | random - scratch |",
         "| --- | --- | --- | --- |",
         "| hippocampus, 10 labelled, Dice | 0.847 | 0.850 | +0.003 [-0.001, +0.005] (1) |",
     ]
@@ -257,9 +237,9 @@ def test_a_page_gets_its_tables_anew():
 def test_the_page_of_the_study_shows_what_the_results_say():
     files = sorted(RESULTS.glob("study_*_summary.csv"))
     summary = [row for file in files for row in report.read_results(file.name)]
-    tables = report.page_tables(summary, report.read_results("study_pretraining.csv"))
+    others = (report.read_results(f"study_{name}.csv") for name in ("pretraining", "curves"))
     page = protocol.PAGE.read_text()
-    assert page == report.with_tables(page, tables)
+    assert page == report.with_tables(page, report.page_tables(summary, *others))
 
 
 def test_runs_take_the_place_of_the_same_published_ones(tmp_path, monkeypatch):
@@ -277,14 +257,30 @@ def test_runs_take_the_place_of_the_same_published_ones(tmp_path, monkeypatch):
 
 
 def test_the_published_intervals_are_those_of_the_published_rows():
-    rows = [row for row in report.read_results("study_segmentation.csv") if row["task"] == "hippocampus"]
-    wanted = [
-        row
-        for row in report.read_results("study_segmentation_summary.csv")
-        if (row["task"], row["n_labels"]) == ("hippocampus", 10)
-    ]
-    assert len(wanted) > 3
-    assert (
-        intervals.compare([row for row in rows if row["n_labels"] == 10], ["task", "n_labels"], protocol.N_PRIMARY)
-        == wanted
+    rows = report.read_results("study_segmentation.csv")
+    wanted = report.read_results("study_segmentation_summary.csv")
+    if not rows:
+        pytest.skip("no segmentation of the second edition is complete")
+    assert len(wanted) > 2
+    assert intervals.compare(rows, ["task", "n_labels"], protocol.N_PRIMARY) == wanted
+
+
+def test_the_whole_network_is_pretrained_from_visible_patches_alone(tmp_path):
+    torch.manual_seed(0)
+    encoder = SSPFormerEncoder(dim=32, depth=3, num_heads=2, patch_size=4)
+    network, image = MaskedDense(encoder).eval(), torch.rand(2, 1, 16, 16, 12)
+    order = torch.stack([torch.randperm(48) for _ in range(2)])
+    keep, hidden = order[:, :12].sort(dim=1).values, order[:, 12:].sort(dim=1).values
+    pred = network(image, keep, hidden)
+    assert pred.shape == (2, 36, 64)
+    mask = voxel_mask(MaskIndices(keep, hidden), image.shape[2:], (4, 4, 4))
+    changed = torch.where(mask, torch.rand_like(image), image)
+    torch.testing.assert_close(network(changed, keep, hidden), pred)
+    pred.sum().backward()
+    head = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not head - {f"encoder.encoder.blocks.{n}.attention.kv.bias" for n in range(3)}  # all of it learns
+    torch.save(network.encoder.state_dict(), tmp_path / "encoder.pt")
+    tuned = load_pretrained(
+        SSPFormerDense(SSPFormerEncoder(dim=32, depth=3, num_heads=2, patch_size=4), 5), tmp_path / "encoder.pt"
     )
+    assert torch.equal(tuned.stem[0].conv.weight, network.encoder.stem[0].conv.weight)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.pack import decode, encode
-from benchmarks.gpu.study import ENCODERS, keep_encoders, queue
+from benchmarks.gpu.study import DESIGNS, ENCODERS, command, keep_encoders, queue, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,3 +70,28 @@ def test_the_recipe_chooses_the_rates_of_the_arms_and_few_encoders_are_kept(tmp_
     keep_encoders(tmp_path, [run for run in runs if run.name not in results])
     kept = {file.stem for file in tmp_path.glob("*.pt")}
     assert len(kept) == ENCODERS and "pretrain_random_0" in kept and "pretrain_random-clean_2" not in kept
+
+
+def test_what_ships_is_trained_from_one_encoder(tmp_path):
+    for name in ("brain", "hippocampus"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"training": [{}] * (110 if name == "brain" else 126)}))
+    runs = weights(tmp_path)
+    assert [run.name for run in runs] == ["weights_encoder", "weights_brain", "weights_hippocampus"]
+    words = [command(run, tmp_path, tmp_path, tmp_path / "run", smoke=False) for run in runs]
+    options = [dict(zip(line[7::2], line[8::2], strict=True)) for line in words]
+    assert [line["--encoder#patch_size"] for line in options[:2]] == ["4", "4"]
+    assert "--encoder#patch_size" not in options[2] and "hippocampus.json" in words[2][6]  # 8 voxels of 1 mm
+    assert {line["--pretrained"] for line in options[1:]} == {str(tmp_path / "weights_encoder.pt")}
+    assert [int(line["--epochs"]) for line in options] == [20, 18, 12]  # of 150, 500 and 500 steps
+
+
+def test_every_contender_changes_the_pretraining_or_the_fine_tuning(tmp_path):
+    (tmp_path / "brain.json").write_text(json.dumps({"training": [{}] * 110}))
+    known = {run.name: {"best": 0.5} for run in queue({})}
+    runs = {run.name: run for run in queue(known)}
+    plain = command(runs["pretrain_random_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
+    for design in DESIGNS:
+        words = command(runs[f"pretrain_random-{design}_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
+        assert words != plain
+        files = [word for word in words[6].strip("[]").replace("'", "").split(",") if "benchmarks" in word]
+        assert all(Path(file).is_file() for file in files) and len(files) == (design == "whole")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.pack --data ../shared/data --out study.tar
     python -m benchmarks.gpu.pack --data ../shared/data --out check.tar --max_scans 4 --tests
-    python -m benchmarks.gpu.pack --data ../shared/data --out mixed.tar --sets mixed hippocampus
+    python -m benchmarks.gpu.pack --data ../shared/data --out hippocampus.tar --sets hippocampus --no_wheels
 
 ``study.tar`` is for ``run.sh ... study``, ``check.tar`` for ``run.sh ... check speed``: it has the tests, what they
 import and the weights that ship, and few scans. On the GPU machine: ``tar -xf study.tar -C work && bash

@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import BUNDLE, facts
 from benchmarks.peers import MonaiMaskedAutoencoder, monai_loss
 from sspformer.data import DeviceLoader
-from sspformer.engines import PrepareMaskedBatch, TrainStep, on_device
+from sspformer.engines import PrepareMaskedBatch, TrainStep, place
 from sspformer.losses import BalancedDiceCELoss, MaskedReconstructionLoss
 from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder, patchify
 from sspformer.transforms import BatchedContrast, CropSampler, InverseFrequencyMask, NoiseSampler
@@ -171,7 +171,7 @@ def segment(bench: Bench, crop: int, batch: int, patch: int) -> None:
     compiles = (False, True) if bench.device.type == "cuda" else (False,)
     for compile, channels_last in product(compiles, (False, True)):
         torch.manual_seed(0)
-        network = on_device(SSPFormerDense(SSPFormerEncoder(patch_size=patch), 18), bench.device, channels_last)
+        network = place(SSPFormerDense(SSPFormerEncoder(patch_size=patch), 18), bench.device, channels_last)
         loss = BalancedDiceCELoss([1.0] * 18, to_onehot_y=True, softmax=True, include_background=False, batch=True).to(
             bench.device
         )

@@ -1,6 +1,7 @@
 """Does pretraining pay with tokens of 8 mm? The runs of the study that a GPU does, in the order of their worth.
 
     python -m benchmarks.gpu.study --out OUT --data DATA [--minutes 9] [--smoke]
+    python -m benchmarks.gpu.study --out OUT --data DATA --weights
 
 Protocol, fixed before the runs. Data: the 110 training scans of IXI at 2 mm, unlabelled for pretraining; 5
 of the 110 with labels, drawn by seed; Dice of 17 structures over the 15 validation subjects. Test subjects are not on
@@ -11,13 +12,18 @@ the machine. Each seed has a pretraining of its own.
 2. *Arms*, seeds 0 to 2, 6,000 steps, validated every 500: scratch (the better patch), random masks, scheduled masks
    (beta 0.5), random masks without noise, scheduled masks without noise.
 3. *Why 48^3 lost*, seed 0: the recipe of the random-mask arm with crops of 48^3, and with layer decay 0.5 and 1.
-4. *Rotation* in pretraining (0.26 rad), seed 0.
+4. *Design*, seed 0, 3,000 steps, against the random masks of the recipe, one change at a time (``DESIGNS``): the
+   whole network pretrained, tokens of 6 mm, mask ratios of 0.6 and 0.9, patches normalised as the target, a spectral
+   term in the loss, rotation by 0.26 rad in pretraining.
 5. *More labels*: 20 and 110 subjects, seeds 0 to 2, three arms.
 
 Pretraining: 1,500 steps of 48 crops of 64^3. Each finished run is a line of ``results.jsonl``: its name, settings, the
 Dice by step, steps to 95 % of its own best, and seconds. Encoders are kept in half precision, five at most; one that is
 needed later is trained again. A run that does not fit into the minutes that are left, judged by the last of its kind,
 is left to the next piece. A run that fails is tried again once; what needs its encoder is left out.
+
+``--weights`` trains what is to ship instead, from single runs that each fit into a piece: an encoder by random masks,
+the 17 structures with all labels, and the hippocampus, if its scans are there. Each is left in OUT in half precision.
 """
 
 from __future__ import annotations
@@ -34,13 +40,24 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import BUNDLE, facts
+from benchmarks.common import BUNDLE, ROOT, facts
 
 #: of a run that fails
 TRIES = 2
 #: files that may lie in OUT beside the tables
 ENCODERS = 5
 RATES = (0.0003, 0.0007, 0.0015, 0.003)
+#: contenders of the design: options of the pretraining, and of the fine-tuning
+FINE = {name: [1.5, 1.5, 1.5] for name in ("spacing", "min_spacing", "max_spacing")}
+DESIGNS: dict[str, tuple[dict, dict]] = {
+    "whole": ({"overlay": "benchmarks/study/configs/whole_network.json"}, {}),
+    "6mm": (FINE, {"spacing": [1.5, 1.5, 1.5]}),
+    "ratio60": ({"mask_ratio": 0.6}, {}),
+    "ratio90": ({"mask_ratio": 0.9}, {}),
+    "normalized": ({"loss_function#normalize_target": True}, {}),
+    "spectral": ({"loss_function#spectral_weight": 1.0}, {}),
+    "rotated": ({"crops#sampler#rotate": 0.26}, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class Run:
     encoder: str | None = None
     steps: int = 0
     options: dict = field(default_factory=dict)
+    task: str = "brain"  # a datalist of the data: brain or hippocampus
 
 
 def pretraining(arm: str, seed: int) -> Run:
@@ -60,8 +78,7 @@ def pretraining(arm: str, seed: int) -> Run:
     options: dict = {"beta": 0.0 if arm.startswith("random") else 0.5}
     if arm.endswith("clean"):
         options["noise"] = "null"
-    if arm.endswith("rotated"):
-        options["crops#sampler#rotate"] = 0.26
+    options |= DESIGNS.get(arm.split("-")[-1], ({}, {}))[0]
     return Run(f"pretrain_{arm}_{seed}", "pretrain", seed, steps=1500, options=options)
 
 
@@ -101,30 +118,46 @@ def queue(results: dict[str, dict]) -> list[Run]:
         if labels == 5:
             runs.append(segmentation("random", 0, 5, random[1], 3000, crop_size=[48, 48, 48]))
             runs += [segmentation("random", 0, 5, random[1], 3000, layer_decay=decay) for decay in (0.5, 1.0)]
-            runs += [pretraining("random-rotated", 0), segmentation("random-rotated", 0, 5, random[1], 6000)]
+            for design, (_, fine_tuning) in DESIGNS.items():
+                arm = f"random-{design}"
+                runs += [pretraining(arm, 0), segmentation(arm, 0, 5, random[1], 3000, **fine_tuning)]
     return list({run.name: run for run in runs}.values())
+
+
+def weights(data: Path) -> list[Run]:
+    """What is to ship: encoder, 17 structures, hippocampus."""
+    recipe = {"learning_rate": 0.0015, "layer_decay": 0.65}
+    runs = [
+        Run("weights_encoder", "pretrain", steps=3000, options={"beta": 0.0}),
+        Run("weights_brain", "segment", 0, "weights_encoder", 9000, recipe | {"encoder#patch_size": 4}),
+    ]
+    if (data / "hippocampus.json").is_file():
+        runs.append(Run("weights_hippocampus", "segment", 0, "weights_encoder", 6000, recipe, "hippocampus"))
+    return runs
 
 
 def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> list[str]:
     """The bundle's own workflow with the settings of a run."""
     options = {
         "cache_dir": data / "cache",
-        "dataset_dir": data / "brain.json",
+        "dataset_dir": data / f"{run.task}.json",
         "output_dir": out,
         "seed": run.seed,
         "bundle_root": ".",
     }
-    crop = run.options.get("crop_size", [16] * 3 if smoke else [64] * 3)
-    subjects = 2 if smoke else run.options.get("data_options#max_subjects", 110)
+    scans = len(json.loads((data / f"{run.task}.json").read_text())["training"])
+    crop = run.options.get("crop_size", [16] * 3 if smoke else [64] * 3 if run.task == "brain" else [40, 56, 40])
+    subjects = 2 if smoke else run.options.get("data_options#max_subjects", scans)
     steps = 2 if smoke else run.steps
     if run.kind == "pretrain":
-        config = "['configs/pretrain.json']"
+        overlay = f",'{ROOT / run.options['overlay']}'" if "overlay" in run.options else ""
+        config = f"['configs/pretrain.json'{overlay}]"
         batch, per_epoch = (2, 2) if smoke else (48, 150)
         options |= {"spacing": [2, 2, 2], "min_spacing": [2, 2, 2], "max_spacing": [2, 2, 2], "encoder#patch_size": 4}
         options |= {"encoder_path": out / "encoder.pt", "learning_rate": 0.001}
-        scans = len(json.loads((data / "brain.json").read_text())["training"])
     else:
-        config = "['configs/train.json']"
+        overlay = "" if run.task == "brain" else f",'configs/{run.task}.json'"
+        config = f"['configs/train.json'{overlay}]"
         batch, per_epoch, scans = (1, 2, subjects) if smoke else (4, 500, subjects)
         options["pretrained"] = "null" if run.encoder is None else encoders / f"{run.encoder}.pt"
     epochs = max(1, steps // per_epoch)
@@ -135,7 +168,7 @@ def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> lis
         "val_interval": 1 if run.kind == "segment" else epochs,
     }
     options["crops_per_scan"] = max(1, round(per_epoch * batch / scans))
-    options |= {key: value for key, value in run.options.items() if key != "crop_size"}
+    options |= {key: value for key, value in run.options.items() if key not in ("crop_size", "overlay")}
     if smoke and run.kind == "segment":  # few windows of one scan
         options |= {"data_options#max_subjects": subjects, "roi_size": [64] * 3, "validate#max_scans": 1}
     words = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", config]
@@ -167,6 +200,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--runs", type=int, help="at most so many")
+    parser.add_argument("--weights", action="store_true", help="train what is to ship")
     parser.add_argument("--smoke", action="store_true", help="two steps of the first two runs, on the CPU")
     args = parser.parse_args()
     most = args.runs or (2 if args.smoke else 10**6)
@@ -176,14 +210,14 @@ def main() -> None:
     lines = file.read_text().splitlines() if file.is_file() else []
     results: dict[str, dict] = {}
     failures: dict[str, int] = {}
-    spent = {"pretrain": 240.0, "segment": 60.0}  # seconds of a pretraining, and of 1,500 steps: guesses at first
+    spent = {"pretrain": 240.0, "segment": 60.0}  # seconds of 1,500 steps: guesses at first
 
     def learn(row: dict) -> None:
         if "error" in row:
             failures[row["name"]] = failures.get(row["name"], 0) + 1
         else:
             results[row["name"]] = row
-            spent[row["kind"]] = row["seconds"] * (1500 / row["steps"] if row["kind"] == "segment" else 1)
+            spent[row["kind"]] = row["seconds"] * 1500 / row["steps"]
 
     for row in map(json.loads, lines):
         learn(row)
@@ -192,7 +226,7 @@ def main() -> None:
         sys.exit(f"{data} has {scans} training scans of 110: unpack study.tar into an empty folder.")
     device, done = "cuda" if torch.cuda.is_available() else "cpu", 0
     while True:
-        all_runs = {run.name: run for run in queue(results)}
+        all_runs = {run.name: run for run in (weights(data) if args.weights else queue(results))}
         hopeless = {name for name, n in failures.items() if n >= TRIES}
         todo = [run for run in all_runs.values() if not {run.name, run.encoder} & hopeless and run.name not in results]
         if not todo:
@@ -202,7 +236,7 @@ def main() -> None:
         run = todo[0]
         if run.encoder and not (args.out / f"{run.encoder}.pt").is_file():  # of an earlier piece, and not kept
             run = all_runs[run.encoder]
-        expected = spent[run.kind] * (run.steps / 1500 if run.kind == "segment" else 1)
+        expected = spent[run.kind] * run.steps / 1500
         if done >= most or (time.monotonic() + expected > end and not args.smoke):
             print(f"next: {run.name}, about {expected:.0f} s")
             break
@@ -223,8 +257,9 @@ def main() -> None:
                 row["error"] = text.strip().splitlines()[-1]
             else:
                 row |= outcome(run, out)
-                if run.kind == "pretrain":
-                    state = torch.load(out / "encoder.pt", weights_only=True)
+                if run.kind == "pretrain" or args.weights:
+                    trained = out / ("encoder.pt" if run.kind == "pretrain" else "models/model.pt")
+                    state = torch.load(trained, map_location="cpu", weights_only=True)
                     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
                     torch.save(half, args.out / f"{run.name}.pt")
         learn(row)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from benchmarks.common import (
     BUNDLE,
     RESULTS,
-    ROOT,
     add_device,
     argument_parser,
     save_csv,
@@ -37,10 +36,8 @@ from sspformer.metrics import summarize
 from sspformer.pictures import axial_slice
 from sspformer.transforms import ScaleByPercentilesd
 
-CONFIGS = ROOT / "benchmarks" / "study" / "configs"
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 METRICS = ("psnr", "ssim", "psnr_foreground", "ssim_foreground")
-PEERS = ("unet", "restormer")  # overlays in CONFIGS
 MAX_SPACING = {"denoising": math.inf, "super_resolution": 1.5}  # mm; thick slices have no detail to take away
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,8 +55,7 @@ def restoration_parser(description: str, task: str, region: Sequence[int]) -> ar
         nargs="*",
         default=[("ours", BUNDLE / "models" / task / "model.pt")],
         metavar="NAME=PATH",
-        help=f"networks to evaluate; {' or '.join(PEERS)} as NAME is that peer, any other name is our network "
-        "(default: ours=, the weights that ship)",
+        help="weights of our network to evaluate (default: ours=, those that ship)",
     )
     parser.add_argument(
         "--region",
@@ -122,11 +118,10 @@ def central_region(foreground: Tensor, size: Sequence[int]) -> tuple[slice, ...]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def bundle_config(workflow: str, task: str, device: str, peer: str | None = None) -> ConfigParser:
-    """The bundle's ``train.json`` or ``inference.json`` with the overlays of a restoration task and of a peer."""
+def bundle_config(workflow: str, task: str, device: str) -> ConfigParser:
+    """The bundle's ``train.json`` or ``inference.json`` with the overlays of a restoration task."""
     parser = ConfigParser()
-    files = [BUNDLE / "configs" / f"{name}.json" for name in (workflow, "restoration", task)]
-    parser.read_config([*files, *([CONFIGS / f"{peer}.json"] if peer else [])])
+    parser.read_config([BUNDLE / "configs" / f"{name}.json" for name in (workflow, "restoration", task)])
     parser["bundle_root"], parser["device"] = str(BUNDLE), device
     return parser
 
@@ -141,7 +136,7 @@ def make_networks(task: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     """The networks of ``--weights`` by name."""
     networks = {}
     for name, path in args.weights:
-        config = bundle_config("inference", task, args.device, name if name in PEERS else None)
+        config = bundle_config("inference", task, args.device)
         networks[name] = load_weights(config.get_parsed_content("network_def"), path).to(args.device)
     return networks
 

@@ -1,4 +1,4 @@
-"""The protocol of the study: arms, tasks, peers, comparisons. docs/study.md explains it."""
+"""The protocol of the study, second edition: arms, tasks, peers, comparisons. docs/study.md explains it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from benchmarks.common import ROOT
 
 CONFIGS = ROOT / "benchmarks" / "study" / "configs"
 PAGE = ROOT / "docs" / "study.md"  # gets the tables of the report
-CURVES = ROOT / "docs" / "images" / "study_labels.png"
+CURVES = ROOT / "docs" / "images" / "study_curves.png"
 
 
 def torchio(name: str, **options) -> dict[str, object]:
@@ -14,68 +14,62 @@ def torchio(name: str, **options) -> dict[str, object]:
     return {"_target_": "benchmarks.study.artifacts.TorchIOd", "keys": "image", "name": name, **options}
 
 
-#: arms of the pretraining: options of pretrain.json, and epochs over those of the other arms (hard: for equal time)
-ARMS: dict[str, tuple[list[str], float]] = {
-    "random": (["--beta", "0.0"], 1.0),
-    "scheduled": (["--beta", "0.5"], 1.0),
-    "hard": ([str(CONFIGS / "hard_patches.json"), "--beta", "0.5", "--beta_warmup_share", "1.0"], 0.7),
-    "constant": (["--beta", "0.5", "--beta_warmup_share", "0.0"], 1.0),
-    "hints": ([], 1.0),  # published rows alone, see RETIRED
-    "falling": ([str(CONFIGS / "falling_beta.json"), "--beta", "0.5"], 1.0),
-    "random_clean": (["--beta", "0.0", "--noise", "null"], 1.0),
-    "scheduled_clean": (["--beta", "0.5", "--noise", "null"], 1.0),
-    "random_long": (["--beta", "0.0"], 7.5),
-    "scheduled_long": (["--beta", "0.5"], 7.5),
+#: arms of the pretraining, each with every seed: options of pretrain.json
+ARMS: dict[str, list[str]] = {
+    "random": ["--beta", "0.0"],
+    "scheduled": ["--beta", "0.5"],
+    "random_clean": ["--beta", "0.0", "--noise", "null"],
+    "scheduled_clean": ["--beta", "0.5", "--noise", "null"],
 }
-#: arms that can no longer run: ``hints`` revealed 5 % of the patches, drawn among those with the highest energy. It did
-#: not help, and the option is gone
-RETIRED = ("hints",)
-RUNNABLE = tuple(arm for arm in ARMS if arm not in RETIRED)
-LONG = ("random_long", "scheduled_long")  # pretrained with seed 0 alone; fine-tuned with every seed
-ONCE = ("hard", "constant", "falling")  # in the reduced matrix with seed 0 alone, like the peers
+MAIN = ("scratch", "random", "scheduled")  # on every task; the other arms are for a GPU
 #: splits and folders of the pretraining
 PRETRAINING = ({"training": ["train"], "validation": ["val"]}, ["heads/", "brain_structures/images/"])
-EPOCHS, CROP = 40, 64  # of the pretraining: 800 steps of 8 crops
-#: peers of the segmentation, from scratch: time of a step over ours, which divides the number of steps
-PEERS = {
-    "segresnet": {"brain_structures": 1.25, "hippocampus": 1.36},
-    "swinunetr": {"brain_structures": 5.0, "hippocampus": 3.4},
-    "unetr": {"brain_structures": 1.6, "hippocampus": 2.7},
+EPOCHS = 200  # of the pretraining: 20 steps of 8 crops each
+GRID = [2.0, 2.0, 2.0]  # mm; with patches of 4 voxels a token sees 8 mm
+PRETRAIN = {
+    "spacing": GRID,
+    "min_spacing": GRID,
+    "max_spacing": GRID,
+    "encoder#patch_size": 4,
+    "crop_size": [48, 48, 48],
+    "batch_size": 8,
+    "crops_per_scan": 1,
+    "epochs": EPOCHS,
+    "val_interval": 50,
+    "learning_rate": 0.001,
 }
+#: how a start is fine-tuned
+RECIPES = {
+    "scratch": {"learning_rate": 0.002, "layer_decay": 1.0},
+    "pretrained": {"learning_rate": 0.0015, "layer_decay": 0.65},
+}
+#: peers of the segmentation, from scratch: steps over ours
+PEERS = {"segresnet": 4.0, "swinunetr": 4.0}
 STAGES = ("pretrain", "segment", "restore", "robustness", "report")
-MAIN = ("scratch", *LONG)  # on every task; in the reduced matrix the other arms run on SHORT_TASK alone
-SHORT_TASK = "denoising"
-ROBUSTNESS = ("hippocampus", 126)  # the networks that segment scans with artifacts
 #: differences in the report; True: primary, counted in the correction for the number of comparisons
 COMPARISONS = (
-    ("scheduled_long", "scratch", True),
-    ("scheduled_long", "random_long", True),
-    ("random_long", "scratch", False),
-    ("random", "scratch", False),
+    ("random", "scratch", True),
+    ("scheduled", "random", True),
     ("scheduled", "scratch", False),
-    ("scheduled", "random", False),
-    ("hard", "random", False),
-    ("constant", "random", False),
-    ("hints", "random", False),
-    ("falling", "random", False),
-    ("falling", "scheduled", False),
+    ("scratch_8mm", "scratch", False),
+    ("random", "scratch_8mm", False),
     ("random", "random_clean", False),
     ("scheduled", "scheduled_clean", False),
-    ("scheduled_clean", "random_clean", False),
-    ("random_long", "random", False),
-    ("scheduled_long", "scheduled", False),
-    *((peer, "scratch", False) for peer in (*PEERS, "unet", "restormer", "cubic")),
+    *((peer, "scratch", False) for peer in (*PEERS, "cubic")),
 )
-N_PRIMARY = 16  # two primary ones for 6 numbers of labels in segmentation, for denoising and super-resolution
+N_PRIMARY = 8  # two primary ones, on 17 structures with 5 subjects, hippocampus with 10, denoising, super-resolution
 SEEDS = (0, 1, 2)
-#: segmentation: overlays, crops per step, steps, numbers of labelled subjects, splits
+#: segmentation: overlays, crops per step, steps, numbers of labelled subjects in the order of their worth, splits, and
+#: the encoder's patch and the crop of starts that have tokens of 8 mm, where these are not the task's own
 TASKS = {
     "brain_structures": {
         "overlays": [],
         "batch": 2,
-        "steps": 800,
-        "labels": (5, 20, 110),
+        "steps": 2000,
+        "labels": (5, 1, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
+        "8 mm": {"encoder#patch_size": 4, "crop_size": [48, 48, 48]},
+        "validation": 5,
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
@@ -83,6 +77,8 @@ TASKS = {
         "steps": 400,
         "labels": (10, 50, 126),
         "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
+        "8 mm": {},  # patches of 8 voxels of 1 mm
+        "validation": 41,
     },
 }
 
@@ -101,14 +97,10 @@ RESTORATION = {
 }
 #: number of degradations in the evaluation
 N_DEGRADATIONS = {"denoising": len(LEVELS), "super_resolution": len(DEGRADATIONS)}
-#: peers of the restoration: time of a step over ours, which divides the number of crops per scan, at least one
-RESTORATION_PEERS = {
-    "unet": {"denoising": 0.95, "super_resolution": 0.97},
-    "restormer": {"denoising": 13.4, "super_resolution": 12.9},
-}
+EVERY = ("scratch", "scratch_8mm", *ARMS, *PEERS, "cubic")  # the order of the tables
 
-EVERY = ("scratch", *ARMS, *PEERS, *RESTORATION_PEERS, "cubic")  # the order of the tables
-
+#: the networks that segment scans with artifacts
+ROBUSTNESS = ("hippocampus", 10)
 #: artifacts of the test scans; our training draws none of those of TorchIO
 ARTIFACTS = {
     "ghosting": torchio("RandomGhosting", num_ghosts=[4, 4], axes=[1], intensity=[1.0, 1.0]),

@@ -6,11 +6,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.common import RESULTS, read_csv, save_csv, save_figure
 from benchmarks.study import protocol
-from benchmarks.study.intervals import as_array, compare, interval, tables_of
+from benchmarks.study.intervals import compare
 from benchmarks.study.runs import Study
 from sspformer.io import format_table
 
@@ -21,17 +19,20 @@ def report(study: Study) -> None:
     So the tables need no run, and a study can go on on another machine.
     """
     clean, robust = collect(study)
+    curves = with_published("study_curves.csv", collect_curves(study))
     pretrained = with_published("study_pretraining.csv", collect_pretraining(study), ["arm"])
     clean = with_published("study_segmentation.csv", clean)
     restored = with_published("study_restoration.csv", collect_restoration(study))
     robust = with_published("study_robustness.csv", robust)
     summaries: list[dict] = []
+    if curves:
+        save_csv(RESULTS / "study_curves.csv", curves)
+        plot_curves(curves, protocol.CURVES)
     if pretrained:
         publish(pretrained, "study_pretraining.csv")
     if clean:
         save_csv(RESULTS / "study_segmentation.csv", clean)
         summaries += publish(compare(clean, ["task", "n_labels"], protocol.N_PRIMARY), "study_segmentation_summary.csv")
-        plot_labels(clean, protocol.CURVES)
     if restored:
         save_csv(RESULTS / "study_restoration.csv", restored)
         every = mean_over(restored, "degradation", "gain", protocol.N_DEGRADATIONS)
@@ -51,14 +52,14 @@ def report(study: Study) -> None:
         every = mean_over(losses, "artifact", "dice", {protocol.ROBUSTNESS[0]: len(protocol.ARTIFACTS)})
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         summaries += publish(summary, "study_robustness_summary.csv")
-    protocol.PAGE.write_text(with_tables(protocol.PAGE.read_text(), page_tables(summaries, pretrained)))
+    protocol.PAGE.write_text(with_tables(protocol.PAGE.read_text(), page_tables(summaries, pretrained, curves)))
     print(f"tables written to {protocol.PAGE}")
 
 
 def collect_pretraining(study: Study) -> list[dict]:
     """Last validation of the complete pretrainings: mean, lowest and highest over the seeds of an arm."""
     summary = []
-    for arm in protocol.RUNNABLE:
+    for arm in protocol.ARMS:
         seeds = [seed for seed in protocol.SEEDS if study.pretrain(arm, seed).complete()]
         if not seeds:
             continue
@@ -78,12 +79,10 @@ def collect(study: Study) -> tuple[list[dict], list[dict]]:
     clean, robust = [], []
     for task in protocol.TASKS:
         for run in sorted((study.work_dir / f"{task}_{protocol.TASKS[task]['steps']}").glob("*_*")):
-            n_labels, start, seed = run.name.split("_", 1)[0], *run.name.split("_", 1)[1].rsplit("_", 1)
             for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
                 artifact = evaluation.parent.name.removeprefix("evaluation").removeprefix("_")
-                here = {"task": task, "n_labels": int(n_labels), "start": start, "seed": int(seed)}
                 rows = [
-                    {**here, "subject": row["name"], "dice": float(row["dice"])}
+                    {**run_of(task, run), "subject": row["name"], "dice": float(row["dice"])}
                     for row in read_csv(evaluation)
                     if row["structure"] == "mean"
                 ]
@@ -92,6 +91,27 @@ def collect(study: Study) -> tuple[list[dict], list[dict]]:
                 else:
                     clean += rows
     return clean, robust
+
+
+def collect_curves(study: Study) -> list[dict]:
+    """Dice of the validation subjects by step, of every complete run."""
+    lines = []
+    for task in protocol.TASKS:
+        for run in sorted((study.work_dir / f"{task}_{protocol.TASKS[task]['steps']}").glob("*_*")):
+            if (run / "evaluation" / "metrics.csv").is_file():
+                here = run_of(task, run)
+                rows = [row for row in read_csv(run / "history.csv") if row["dice"]]
+                lines += [
+                    {**here, "step": int(float(row["iteration"])), "dice": round(float(row["dice"]), 4)} for row in rows
+                ]
+    return lines
+
+
+def run_of(task: str, folder: Path) -> dict:
+    """What the name of a run's folder says."""
+    n_labels, rest = folder.name.split("_", 1)
+    start, seed = rest.rsplit("_", 1)
+    return {"task": task, "n_labels": int(n_labels), "start": start, "seed": int(seed)}
 
 
 def collect_restoration(study: Study) -> list[dict]:
@@ -117,7 +137,7 @@ def collect_restoration(study: Study) -> list[dict]:
 def read_results(name: str) -> list[dict]:
     """The rows of a CSV file in the results, without empty cells; none if there is no such file."""
     texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed"}
-    kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds"), int)}
+    kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds", "step"), int)}
     return [{k: kinds.get(k, float)(v) for k, v in row.items() if v} for row in read_csv(RESULTS / name)]
 
 
@@ -161,17 +181,14 @@ def mean_over(rows: Sequence[dict], column: str, score: str, wanted: Mapping[str
     ]
 
 
-def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str, str]:
+def page_tables(summary: Sequence[dict], pretrained: Sequence[dict], curves: Sequence[dict] = ()) -> dict[str, str]:
     """The tables of docs/study.md, in markdown, by their names there.
 
     A cell has a mean, the 95 % interval of a difference, and the number of seeds in brackets where it is not three.
     """
     restored = {"mean of all": "mean", **{str(level): f"{100 * level:.0f} % noise" for level in protocol.LEVELS}}
-    groups = {
-        ("brain_structures", n): f"17 structures, {n} labelled, Dice"
-        for n in protocol.TASKS["brain_structures"]["labels"]
-    }
-    groups |= {("hippocampus", n): f"hippocampus, {n} labelled, Dice" for n in protocol.TASKS["hippocampus"]["labels"]}
+    names = {"brain_structures": "17 structures", "hippocampus": "hippocampus"}
+    groups = {(task, n): f"{names[task]}, {n} labelled, Dice" for task in names for n in protocol.TASKS[task]["labels"]}
     groups |= {("denoising", key): f"denoising, {name}, dB" for key, name in restored.items()}
     degradations = ("mean of all", *protocol.DEGRADATIONS)
     groups |= {
@@ -187,26 +204,19 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
             text += f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
         cells[group, row["arm"]] = text + ("" if row["seeds"] == len(protocol.SEEDS) else f" ({row['seeds']})")
 
-    def table(rows: dict, columns: dict, by_arm: bool = False) -> str:
-        """Rows and columns map the key of a group, or the name of an arm, to a title."""
-        body = []
-        for row, name in rows.items():
-            line = [cells.get((column, row) if by_arm else (row, column), "") for column in columns]
-            if any(line[not by_arm :]):  # the first arm alone is no comparison
-                body.append([name, *line])
-        return markdown(["", *columns.values()], body)
+    def table(rows: dict, columns: Collection[str]) -> str:
+        """``rows`` maps the key of a group to a title; columns are arms and differences."""
+        body = [[name, *(cells.get((row, column), "") for column in columns)] for row, name in rows.items()]
+        body = [line for line in body if any(line[2:])]  # the first arm alone is no comparison
+        return markdown(["", *(column.replace("_", ", ") for column in columns)], body)
 
-    def arms(*names: str) -> dict[str, str]:
-        return {name: name.replace("_", ", ") for name in names}
-
-    def against_peers(peers: Collection[str]) -> dict[str, str]:
-        return arms("scratch", *peers, *(f"{peer} - scratch" for peer in peers))
-
-    main = arms(*protocol.MAIN, "scheduled_long - scratch", "scheduled_long - random_long")
-    short = [arm for arm in protocol.ARMS if arm not in protocol.LONG]
-    pairs = [f"{a} - {b}" for a, b, _ in protocol.COMPARISONS if a in short]
-    levels = {key: name for key, name in groups.items() if key[0] == protocol.SHORT_TASK}
-    names = {
+    pairs = [f"{a} - {b}" for a, b, _ in protocol.COMPARISONS]
+    main = [*protocol.MAIN, *(pair for pair in pairs if set(pair.split(" - ")) <= set(protocol.MAIN))]
+    others = [name for name in ("scratch_8mm", *protocol.ARMS) if name not in protocol.MAIN]
+    more = [*others, *(pair for pair in pairs if set(pair.split(" - ")) & set(others))]
+    peers = [*protocol.PEERS, "cubic"]
+    against = ["scratch", *peers, *(f"{peer} - scratch" for peer in peers)]
+    errors = {
         "masked_error": "all hidden patches",
         "high_frequency_error": "quarter with the highest energy",
         "ssim": "SSIM",
@@ -215,18 +225,37 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict]) -> dict[str
         [row["arm"].replace("_", ", "), str(row["seeds"])]
         + [
             f"{row[key]:.4f}" + f" [{row[f'{key}_low']:.4f}, {row[f'{key}_high']:.4f}]" * (row["seeds"] > 1)
-            for key in names
+            for key in errors
         ]
         for row in pretrained
     ]
     return {
         "main": table(groups, main),
-        "short": table(arms("scratch", *short, *pairs), levels, by_arm=True),
-        "segmentation peers": table(groups, against_peers(protocol.PEERS)),
-        "restoration peers": table(groups, against_peers((*protocol.RESTORATION_PEERS, "cubic"))),
+        "others": table(groups, more),
+        "peers": table(groups, against),
         "robustness": table({group: group[-1] for group in robust}, main),
-        "pretraining": markdown(["arm", "seeds", *names.values()], body),
+        "pretraining": markdown(["arm", "seeds", *errors.values()], body),
+        "curves": speed_table(curves, names),
     }
+
+
+def speed_table(curves: Sequence[dict], names: Mapping[str, str]) -> str:
+    """Steps until a run reaches 95 % of the best Dice that scratch reaches on the validation with the same seed."""
+    runs: dict[tuple, dict[int, list[tuple[int, float]]]] = {}
+    for row in curves:
+        by_seed = runs.setdefault((row["task"], row["n_labels"], row["start"]), {})
+        by_seed.setdefault(row["seed"], []).append((row["step"], row["dice"]))
+    body = []
+    for (task, n_labels, start), seeds in sorted(runs.items(), key=lambda item: protocol.EVERY.index(item[0][2])):
+        scratch = runs.get((task, n_labels, "scratch"), {})
+        line = [f"{names[task]}, {n_labels} labelled", start.replace("_", ", "), [], []]
+        for seed in sorted(seeds.keys() & scratch.keys()):
+            wanted = 0.95 * max(dice for _, dice in scratch[seed])
+            line[2].append(f"{max(dice for _, dice in seeds[seed]):.3f}")
+            line[3].append(str(next((step for step, dice in sorted(seeds[seed]) if dice >= wanted), "never")))
+        body += [[*line[:2], ", ".join(line[2]), ", ".join(line[3])]] if line[2] else []
+    body.sort(key=lambda line: line[0])
+    return markdown(["", "start", "best Dice of each seed", "steps to 95 % of the best of scratch"], body)
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -246,51 +275,30 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def plot_labels(rows: Sequence[dict], path: Path) -> None:
-    """Draw Dice against the number of labelled subjects.
-
-    Lines and intervals take the seeds that the arms of ``MAIN`` have with every number of labels, as seeds differ by
-    more than arms. Pale points are single runs of all seeds.
-    """
+def plot_curves(rows: Sequence[dict], path: Path) -> None:
+    """Draw the validation's Dice by step: thin lines are runs, thick ones the means of the seeds of an arm."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    shown = [start for start in protocol.EVERY if any(row["start"] == start for row in rows)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 3.8), layout="constrained", squeeze=False)
-    for axis, task in zip(axes[0], tasks):
-        here = [row for row in rows if row["task"] == task]
-        labels = sorted({row["n_labels"] for row in here})
-        tables = {n: tables_of([row for row in here if row["n_labels"] == n], "dice") for n in labels}
-        _, common = as_array(*(tables[n].get(start, {}) for n in labels for start in protocol.MAIN))
-        starts = [start for start in shown if any(start in tables[n] for n in labels)]
-        for at, start in enumerate(starts):
-            shift = 1 + 0.04 * (at - (len(starts) - 1) / 2)  # so that intervals stand side by side
-            line = "-" if start in protocol.MAIN else ""
-            color = f"C{shown.index(start)}"  # the same in both panels
-            points = []
-            for n in labels:
-                if start in tables[n]:
-                    (values,), seeds = as_array(tables[n][start])
-                    axis.scatter([n * shift] * len(values), values.mean(axis=1), s=10, alpha=0.35, color=color)
-                    kept = values[[seed in common for seed in sorted(seeds)]]
-                    if len(kept):
-                        low, high = interval(kept)
-                        points.append((n * shift, mean := kept.mean(), mean - low, high - mean))
-            x, y, *spread = np.asarray(points).reshape(-1, 4).T
-            label = start.replace("_", ", ")
-            axis.errorbar(x, y, spread, fmt=line, marker="o", ms=4, capsize=2, lw=1.2, label=label, color=color)
-        axis.set_xscale("log")
-        axis.set_xlim(labels[0] / 1.3, labels[-1] * 1.3)
-        axis.set_xticks(labels, [str(n) for n in labels])
-        axis.minorticks_off()
-        seeds = f"seed{'s' * (len(common) > 1)} {', '.join(map(str, sorted(common)))}"
-        axis.set_title(f"{task.replace('_', ' ')} (lines: {seeds})", fontsize=10)
-        axis.set_xlabel("labelled subjects")
-        axis.set_ylabel("mean Dice of the test subjects")
+    tasks = list(dict.fromkeys((row["task"], row["n_labels"]) for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), layout="constrained", squeeze=False)
+    for axis, (task, n_labels) in zip(axes[0], tasks, strict=True):
+        here = [row for row in rows if (row["task"], row["n_labels"]) == (task, n_labels)]
+        starts = [start for start in protocol.EVERY if any(row["start"] == start for row in here)]
+        for start in starts:
+            color, by_step = f"C{protocol.EVERY.index(start)}", {}
+            for seed in sorted({row["seed"] for row in here if row["start"] == start}):
+                run = sorted((r["step"], r["dice"]) for r in here if (r["start"], r["seed"]) == (start, seed))
+                axis.plot(*zip(*run, strict=True), lw=0.7, alpha=0.5, color=color)
+                for step, dice in run:
+                    by_step.setdefault(step, []).append(dice)
+            mean = [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
+            axis.plot(*zip(*mean, strict=True), lw=2, color=color, label=start.replace("_", ", "))
+        axis.set(title=f"{task.replace('_', ' ')}, {n_labels} labelled", xlabel="step")
+        axis.set_ylabel("mean Dice of the validation subjects")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8)
     save_figure(figure, path, dpi=120)
     plt.close(figure)

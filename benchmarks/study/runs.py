@@ -102,43 +102,32 @@ class Study:
 
     def pretrain(self, arm: str, seed: int) -> Cell:
         """The pretraining of an arm."""
-        options, share = protocol.ARMS[arm]
-        overlays, options = [o for o in options if o.endswith(".json")], [o for o in options if not o.endswith(".json")]
-        epochs = round(protocol.EPOCHS * share)
         output = self.work_dir / "pretrain" / f"{arm}_{seed}"
 
         def run() -> None:
             lists = self.datalist("pretrain", *protocol.PRETRAINING)
-            fixed = {
-                "dataset_dir": lists,
-                "cache_dir": self.work_dir / "cache",
-                "crop_size": [protocol.CROP] * 3,
-                "crops_per_scan": 1,
-                "epochs": epochs,
-                "val_interval": max(1, epochs // 4),
-                "learning_rate": 0.001,
-                "seed": seed,
-            }
-            self.bundle("training", "pretrain", overlays, [*as_options(fixed), *options], output)
+            fixed = {"dataset_dir": lists, "cache_dir": self.work_dir / "cache", "seed": seed, **protocol.PRETRAIN}
+            self.bundle("training", "pretrain", [], [*as_options(fixed), *protocol.ARMS[arm]], output)
 
         def complete() -> bool:  # a run writes its last encoder after the last row of its history
             history, encoder = output / "history.csv", output / "models" / "pretrained" / "encoder.pt"
             written = encoder.is_file() and encoder.stat().st_mtime >= history.stat().st_mtime
-            return epochs_done(output) >= epochs and written
+            return epochs_done(output) >= protocol.EPOCHS and written
 
         return Cell(f"pretrain {arm} {seed}", complete, run)
 
     def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
-        """Fine-tuning from an arm's encoder or from ``scratch``, or a peer's training; then Dice of test subjects."""
-        setup, output = protocol.TASKS[task], self.run_of(task, n_labels, start, seed)
-        peer = start in protocol.PEERS
-        steps = round(setup["steps"] / protocol.PEERS[start][task]) if peer else setup["steps"]
-        overlays = [*setup["overlays"], *([protocol.CONFIGS / f"{start}.json"] if peer else [])]
+        """Fine-tuning from an arm's encoder or from scratch, or a peer's training; then Dice of test subjects."""
+        output = self.run_of(task, n_labels, start, seed)
+        steps = round(protocol.TASKS[task]["steps"] * protocol.PEERS.get(start, 1))
+        overlays = overlays_of(task, start)
 
         def run() -> None:
-            options = {"pretrained": self.encoder(start, seed), "validate#max_scans": 4}
+            recipe = protocol.RECIPES["pretrained" if start in protocol.ARMS else "scratch"]
+            recipe = {} if start in protocol.PEERS else recipe | network_of(task, start)
+            options = {"pretrained": self.encoder(start, seed), **recipe}
             self.fine_tune(task, n_labels, seed, steps, overlays, options, output)
-            self.evaluate(task, overlays, output, output / "evaluation")
+            self.evaluate(task, start, [], output, output / "evaluation")
 
         return Cell(f"segment {task} {n_labels} {start} {seed}", (output / "evaluation" / "metrics.csv").is_file, run)
 
@@ -152,7 +141,7 @@ class Study:
         options: dict[str, object],
         output: Path,
     ) -> None:
-        """Train a segmentation for about so many steps, and validate at the end."""
+        """Train a segmentation for about so many steps, and validate eight times on the way."""
         crops, epochs = schedule(task, n_labels, steps)
         if epochs_done(output) >= epochs:
             return
@@ -163,7 +152,8 @@ class Study:
             "data_options#max_subjects": n_labels,
             "crops_per_scan": crops,
             "epochs": epochs,
-            "val_interval": epochs,
+            "val_interval": max(1, epochs // 8),
+            "validate#max_scans": protocol.TASKS[task]["validation"],
             "cache_dir": self.work_dir / "cache",
             **options,
         }
@@ -172,9 +162,6 @@ class Study:
     def restore(self, task: str, start: str, seed: int) -> Cell:
         """Training of denoising or super-resolution, with the same starts; then PSNR of the test scans."""
         settings, evaluation = protocol.RESTORATION[task]
-        peer = start in protocol.RESTORATION_PEERS
-        crops = settings["crops_per_scan"]
-        crops = max(1, round(crops / protocol.RESTORATION_PEERS[start][task])) if peer else crops
         output = self.work_dir / f"{task}_{settings['epochs']}" / f"{start}_{seed}"
 
         def run() -> None:
@@ -184,13 +171,11 @@ class Study:
                     "dataset_dir": self.restoration_list(task),
                     "seed": seed,
                     "pretrained": self.encoder(start, seed),
-                    "crops_per_scan": crops,
                     "val_interval": settings["epochs"],
                     "validate#max_scans": 3,
                     "cache_dir": self.work_dir / "cache",
                 }
-                overlays = ["restoration", task, *([protocol.CONFIGS / f"{start}.json"] if peer else [])]
-                self.bundle("training", "train", overlays, as_options(options), output)
+                self.bundle("training", "train", ["restoration", task], as_options(options), output)
             command = [sys.executable, "-m", f"benchmarks.restoration.{task}", "--data", self.data, *evaluation]
             part = output / "quality.part.csv"
             command += ["--weights", f"{start}={output / 'models' / 'model.pt'}", "--output", part]
@@ -216,19 +201,21 @@ class Study:
         def run() -> None:
             changes = protocol.ARTIFACT_OVERLAY | {"+preprocessing": [protocol.ARTIFACTS[artifact], protocol.RESCALING]}
             overlay = keep(self.work_dir / "artifacts" / f"{artifact}.json", json.dumps(changes))
-            self.evaluate(task, [*protocol.TASKS[task]["overlays"], overlay], output, target)
+            self.evaluate(task, start, [overlay], output, target)
 
         return Cell(f"robustness {task} {n_labels} {start} {seed} {artifact}", (target / "metrics.csv").is_file, run)
 
-    def evaluate(self, task: str, overlays: Sequence[str | Path], run: Path, output: Path) -> None:
+    def evaluate(self, task: str, start: str, overlays: Sequence[str | Path], run: Path, output: Path) -> None:
         """Score the test subjects of a task, by Dice alone."""
         options = {
             "dataset_dir": self.labelled(task),
             "weights": run / "models" / "model.pt",
             "max_pictures": 1,
             "evaluation#additional_metrics": "{}",
+            **network_of(task, start),
         }
-        self.bundle("evaluating", "train", [*overlays, "evaluate"], as_options(options), output)
+        files = [*overlays_of(task, start), *overlays, "evaluate"]
+        self.bundle("evaluating", "train", files, as_options(options), output)
 
     def run_of(self, task: str, n_labels: int, start: str, seed: int) -> Path:
         """Output folder of a fine-tuning."""
@@ -242,10 +229,22 @@ class Study:
         """
         if arm not in protocol.ARMS:
             return "null"
-        seed = 0 if arm in protocol.LONG else seed
         if not (pretraining := self.pretrain(arm, seed)).complete():
             raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --arms {arm} --seeds {seed}")
         return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
+
+
+def overlays_of(task: str, start: str) -> list[str | Path]:
+    """Overlays of train.json for a segmentation, and for a peer."""
+    return [
+        *protocol.TASKS[task]["overlays"],
+        *([protocol.CONFIGS / f"{start}.json"] if start in protocol.PEERS else []),
+    ]
+
+
+def network_of(task: str, start: str) -> dict[str, object]:
+    """Options of the network of a start: patch and crop, where tokens of 8 mm need other ones than the task has."""
+    return protocol.TASKS[task]["8 mm"] if start in (*protocol.ARMS, "scratch_8mm") else {}
 
 
 def keep(path: Path, text: str) -> Path:
@@ -298,32 +297,33 @@ def run_all(cells: Sequence[Cell], jobs: int) -> list[str]:
     return failed
 
 
-def matrix(study: Study, args: argparse.Namespace) -> dict[str, list[Cell]]:
-    """The runs of every stage, in the order of the protocol: all of one seed, then the next."""
-    cells: dict[str, list[Cell]] = {stage: [] for stage in protocol.STAGES}
-    cells["pretrain"] += [study.pretrain(arm, 0) for arm in args.arms if arm in protocol.LONG]
+def matrix(study: Study, args: argparse.Namespace) -> list[list[tuple[str, Cell]]]:
+    """The runs in the order of their worth, each with its stage; those of one list need only what is before it.
+
+    First the main arms on each task with the first of its numbers of labels, seed by seed, then the other numbers of
+    labels, from scratch with tokens of 8 mm, the other arms and the peers: these with ``full`` alone.
+    """
+    groups: list[list[tuple[str, Cell]]] = []
+
+    def add(arms: Sequence[str], labels: slice, starts: Sequence[str], seed: int, restore: bool) -> None:
+        groups.append([("pretrain", study.pretrain(arm, seed)) for arm in arms])
+        tasks = [(task, n) for task in args.tasks for n in protocol.TASKS[task]["labels"][labels]]
+        groups.append([("segment", study.segment(task, n, start, seed)) for task, n in tasks for start in starts])
+        if restore:
+            starts = [start for start in starts if start != "scratch_8mm"]
+            groups.append([("restore", study.restore(task, s, seed)) for task in protocol.RESTORATION for s in starts])
+        for task, n in tasks:
+            if (task, n) == protocol.ROBUSTNESS:
+                several = [study.robustness(task, n, s, seed, name) for s in starts for name in protocol.ARTIFACTS]
+                groups.append([("robustness", cell) for cell in several])
+
+    main = [arm for arm in args.arms if arm in protocol.MAIN]
     for seed in args.seeds:
-        every = args.full or seed == 0
-        arms = [arm for arm in args.arms if every or arm not in protocol.ONCE]
-        cells["pretrain"] += [study.pretrain(arm, seed) for arm in arms if arm not in protocol.LONG]
-        for task in args.tasks:
-            for n_labels in protocol.TASKS[task]["labels"]:
-                starts = [start for start in ("scratch", *arms) if args.full or start in protocol.MAIN]
-                if args.full or (every and n_labels == protocol.TASKS[task]["labels"][-1]):
-                    starts += args.peers
-                cells["segment"] += [study.segment(task, n_labels, start, seed) for start in starts]
-        for task in protocol.RESTORATION:
-            starts = [
-                start
-                for start in ("scratch", *arms)
-                if args.full or start in protocol.MAIN or task == protocol.SHORT_TASK
-            ]
-            starts += protocol.RESTORATION_PEERS if every else ()
-            cells["restore"] += [study.restore(task, start, seed) for start in starts]
-        task, n_labels = protocol.ROBUSTNESS
-        for start in ("scratch", *arms) if task in args.tasks else ():
-            if args.full or start in protocol.MAIN:
-                cells["robustness"] += [
-                    study.robustness(task, n_labels, start, seed, name) for name in protocol.ARTIFACTS
-                ]
-    return cells
+        add(main, slice(1), ["scratch", *main], seed, restore=True)
+    if args.full:
+        others = [arm for arm in args.arms if arm not in protocol.MAIN]
+        for seed in args.seeds:
+            add([], slice(1, None), ["scratch", *main], seed, restore=False)
+            add(others, slice(1), ["scratch_8mm", *others], seed, restore=True)
+            add([], slice(None), [peer for peer in args.peers if seed == 0], seed, restore=False)
+    return groups

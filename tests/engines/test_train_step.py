@@ -9,7 +9,7 @@ from monai.engines import SupervisedTrainer
 from monai.losses import DiceCELoss
 from torch import nn
 
-from sspformer.engines import GradientClipping, LoadCheckpoint, SaveCheckpoint, TrainStep, on_device
+from sspformer.engines import GradientClipping, LoadCheckpoint, SaveCheckpoint, TrainStep, place
 from sspformer.engines.checkpoints import save_network
 from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 
@@ -72,7 +72,7 @@ def test_with_channels_last_a_network_is_the_same_and_its_training_goes_on(tmp_p
     def made(channels_last):
         torch.manual_seed(0)
         network = SSPFormerDense(SSPFormerEncoder(patch_size=4, dim=48, depth=2, num_heads=2), 3, features=8)
-        network = on_device(network, "cpu", channels_last)
+        network = place(network, "cpu", channels_last)
         return network, torch.optim.AdamW(network.parameters(), lr=0.01, fused=True)
 
     def steps(network, optimizer, n):

@@ -16,7 +16,7 @@ from sspformer.networks import (
     patchify,
     unpatchify,
 )
-from sspformer.networks.layers import LayerNorm, rotate
+from sspformer.networks.layers import LayerNorm, attend, rotate
 from sspformer.transforms import InverseFrequencyMask
 
 
@@ -216,3 +216,22 @@ def test_errors_name_the_argument_and_the_value():
         SSPFormerEncoder(dim=50, num_heads=4)
     with pytest.raises(ValueError, match=r"\[1, 2, 8, 8, 8\]"):
         toy().encoder(torch.rand(1, 2, 8, 8, 8))
+
+
+@pytest.mark.parametrize("keys", [12, 700])  # as two products, and as one kernel
+def test_training_in_bfloat16_on_a_cpu_has_the_gradients_of_float32(keys):
+    torch.manual_seed(0)
+    full = [torch.randn(2, 3, n, 16, requires_grad=True) for n in (20, keys, keys)]
+    half = [value.detach().bfloat16().requires_grad_() for value in full]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*full)
+    found = attend(*half)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, atol=0.03, rtol=0.03)
+    weight = torch.randn_like(wanted)
+    (wanted * weight).sum().backward()
+    (found.float() * weight).sum().backward()
+    for value, reference in zip(half, full, strict=True):
+        error = (value.grad.float() - reference.grad).norm() / reference.grad.norm()
+        assert error < 0.02
+    half = [value.detach() for value in half]  # the weights that ship give the voxels that they gave
+    assert torch.equal(attend(*half), torch.nn.functional.scaled_dot_product_attention(*half))

@@ -103,7 +103,7 @@ class TrainStep:
         return compiled
 
 
-def on_device(network: nn.Module, device: torch.device | str, channels_last: bool | None = None) -> nn.Module:
+def place(network: nn.Module, device: torch.device | str, channels_last: bool | None = None) -> nn.Module:
     """A network to train on its device; convolutions on a GPU have their channels last in memory.
 
     Args:

@@ -167,6 +167,24 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+#: keys up to which attention in bfloat16 on a CPU is trained as two matrix products: the scores are kept, and small
+SMALL_CONTEXT = 512
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of queries ``(B, heads, N, C)`` to keys and values ``(B, heads, K, C)``.
+
+    The gradient of PyTorch's fused kernel is slow in bfloat16 on a CPU, which multiplies matrices fast in that type.
+    """
+    if not torch.jit.is_scripting():
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= SMALL_CONTEXT:
+            batch = q.shape[:2]
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+            scores = torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+            return torch.bmm(scores.softmax(-1), v).unflatten(0, batch)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions: self-attention, or cross-attention to a ``context``.
 
@@ -197,7 +215,7 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.q(x)), self._heads(k), self._heads(v)
         # turned before heads and tokens change places, so that the output of attention lies as the last layer reads it
         q, k = rotate(q, rotation.unsqueeze(-2)), rotate(k, context_rotation.unsqueeze(-2))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
