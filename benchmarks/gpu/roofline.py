@@ -6,8 +6,8 @@ Nothing is computed: the step runs on PyTorch's "meta" device, where tensors hav
 the network, at 96^3 with patches of 8 and 48^3 with patches of 4:
 
 - *operations*: of all matrix products and convolutions, forward and backward, as PyTorch counts them;
-- *eager bytes*: what all kernels read and write if none is fused, in bfloat16 (autocast keeps normalisations and sums
-  in float32, so a real step moves more);
+- *eager bytes*: what all kernels read and write if none is fused: weights and losses in float32, the rest in bfloat16,
+  with the copies from one to the other that autocast makes on a GPU;
 - *least bytes*: what the matrix products, convolutions and attention alone read and write: no fusion goes below it;
 - *bound*: the larger of operations over the card's TFLOP/s and least bytes over its GB/s, and the share of the card's
   TFLOP/s that a step of that length reaches; *eager bound*: the same with eager bytes.
@@ -18,9 +18,11 @@ the network, at 96^3 with patches of 8 and 48^3 with patches of 4:
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,11 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import RESULTS, save_csv
 from sspformer.losses import MaskedReconstructionLoss
 from sspformer.networks import MaskedAutoencoder, SSPFormerEncoder
+from sspformer.networks.layers import LayerNorm
 
 #: kernels that a compiler does not fuse into others
 PRODUCTS = ("mm", "bmm", "addmm", "convolution", "attention")
 MOVES_NOTHING = (
     "view",
+    "_unsafe_view",
     "detach",
     "alias",
     "expand",
@@ -76,19 +80,33 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs)
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
+def autocast() -> ExitStack:
+    """As ``torch.autocast("cuda", torch.bfloat16)``, which "meta" does not know, and with the attention of a GPU."""
+    linear = F.linear
+
+    def low(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+
+    patches = ExitStack()
+    patches.enter_context(mock.patch("torch.nn.functional.linear", low))
+    patches.enter_context(mock.patch.object(LayerNorm, "forward", LayerNorm._in_type_of))
+    patches.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", flash_attention))
+    return patches
+
+
 def step(size: str, image_size: int, patch: int, batch: int) -> dict[str, float]:
     """Operations and bytes of a step for one crop."""
     with torch.device("meta"):
-        network = MaskedAutoencoder(SSPFormerEncoder(patch_size=patch, size=size)).bfloat16()
-        image = torch.rand(batch, 1, *(image_size,) * 3, dtype=torch.bfloat16)
+        network = MaskedAutoencoder(SSPFormerEncoder(patch_size=patch, size=size))
+        image = torch.rand(batch, 1, *(image_size,) * 3)
         n = (image_size // patch) ** 3
         keep = torch.zeros(batch, n // 4, dtype=torch.int64)
         mask = torch.zeros(batch, n - n // 4, dtype=torch.int64)
     loss_function = MaskedReconstructionLoss(patch)
     target = {"image": image, "mask": mask, "keep": keep, "spacing": torch.ones(batch, 3)}
-    flash = mock.patch("torch.nn.functional.scaled_dot_product_attention", flash_attention)
-    with flash, FlopCounterMode(display=False) as flops, Traffic() as traffic:
-        pred = network(image, ids_keep=keep, ids_predict=mask)
+    with FlopCounterMode(display=False) as flops, Traffic() as traffic:
+        with autocast():
+            pred = network(image, ids_keep=keep, ids_predict=mask)
         loss_function(pred.float(), target).backward()
     return {
         "gflop": flops.get_total_flops() / batch / 1e9,

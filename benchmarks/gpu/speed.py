@@ -9,7 +9,7 @@ In this order, until the minutes are over:
   96^3 with patches of 8 and 48^3 with patches of 4; MONAI's patched masked autoencoder beside it (bfloat16, fused
   attention); the operations are counted by PyTorch, forward and backward;
 - ``prepare``: crops, masks and noise, each as a share of the step;
-- ``segment``: a step of four crops of 64^3, eager, compiled and channels-last;
+- ``segment``: a step of four crops of 64^3, eager and compiled, each with and without channels-last convolutions;
 - ``loader``: crops a second of :class:`sspformer.data.DeviceLoader` alone, of the whole step fed by it, and of
   ``python -m monai.bundle run training`` on the same scans;
 - ``inference``: a scan of 256 x 256 x 180 voxels from file to file, alone and each of a batch of 32, against the aims
@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -43,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import BUNDLE, facts
 from benchmarks.peers import MonaiMaskedAutoencoder, monai_loss
 from sspformer.data import DeviceLoader
-from sspformer.engines import PrepareMaskedBatch, TrainStep
+from sspformer.engines import PrepareMaskedBatch, TrainStep, place
 from sspformer.losses import BalancedDiceCELoss, MaskedReconstructionLoss
 from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder, patchify
 from sspformer.transforms import BatchedContrast, CropSampler, InverseFrequencyMask, NoiseSampler
@@ -167,17 +168,17 @@ def segment(bench: Bench, crop: int, batch: int, patch: int) -> None:
     """A step of segmentation into 18 classes."""
     image = torch.rand(batch, 1, *(crop,) * 3, device=bench.device)
     label = torch.randint(0, 18, image.shape, device=bench.device)
-    for name in ("eager", "channels last", "compiled") if bench.device.type == "cuda" else ("eager",):
+    compiles = (False, True) if bench.device.type == "cuda" else (False,)
+    for compile, channels_last in product(compiles, (False, True)):
         torch.manual_seed(0)
-        network = SSPFormerDense(SSPFormerEncoder(patch_size=patch), 18).to(bench.device)
-        if name != "eager":
-            network = network.to(memory_format=torch.channels_last_3d)
+        network = place(SSPFormerDense(SSPFormerEncoder(patch_size=patch), 18), bench.device, channels_last)
         loss = BalancedDiceCELoss([1.0] * 18, to_onehot_y=True, softmax=True, include_background=False, batch=True).to(
             bench.device
         )
-        step = TrainStep(network, loss, compile=name == "compiled")
+        step = TrainStep(network, loss, compile=compile)
         ms = bench.ms(stepper(network, partial(step.backward, image, label, (), {})))
-        bench.add("segment", name=name, compiled=step.is_compiled, ms=ms, crop=crop, batch=batch, patch=patch)
+        how = {"compiled": step.is_compiled, "channels_last": channels_last}
+        bench.add("segment", **how, ms=ms, crop=crop, batch=batch, patch=patch)
 
 
 def write_heads(folder: Path, shape: tuple[int, int, int], n: int) -> list[Path]:

@@ -12,7 +12,7 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
 from . import kspace
-from .networks.layers import gather_tokens, pad_to_patches, patchify, unpatchify
+from .networks.layers import gather_patches, pad_to_patches, unpatchify
 from .options import flag
 
 __all__ = [
@@ -76,13 +76,13 @@ class MaskedReconstructionLoss(nn.Module):
         if pred.shape[1] != index.shape[1]:
             raise ValueError(f"got {pred.shape[1]} predicted patches for {index.shape[1]} masked ones.")
         image = pad_to_patches(target["image"].float(), self.patch_size)
-        clean = gather_tokens(patchify(image, self.patch_size), index)
+        clean = gather_patches(image, self.patch_size, index)
         if self.normalize_target:
             clean, *_ = normalize_patches(clean)
-        error = pred.float() - clean
-        loss = error.square().mean()
+        pred = pred.float()
+        loss = F.mse_loss(pred, clean)
         if self.spectral_weight > 0:
-            loss = loss + self.spectral_weight * self.spectral(error, index, image, target["spacing"])
+            loss = loss + self.spectral_weight * self.spectral(pred - clean, index, image, target["spacing"])
         return loss
 
     def spectral(self, error: Tensor, index: Tensor, image: Tensor, spacing: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Batches drawn where the network is: complete epochs, the same draws again, and the same wherever the scans lie."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from monai.data import Dataset, MetaTensor
 
-from sspformer.data import DeviceLoader
+from sspformer.data import DeviceLoader, ScanBuffer
 from sspformer.transforms import BatchedContrast, BatchedNoise, CropSampler
 
 SHAPES = [(12, 14, 10), (16, 9, 11), (10, 10, 10), (13, 12, 15), (11, 18, 9)]
@@ -68,6 +70,75 @@ def test_scans_that_do_not_fit_stay_on_the_disk(monkeypatch):
     monkeypatch.setattr("sspformer.data.device_loader.PROBED", 2)
     made = loader()
     assert len(list(made)) == 8 and made.residence == "disk"
+
+
+@pytest.mark.parametrize("residence", ["auto", "host"])
+def test_while_scans_are_read_about_one_copy_of_them_is_held(residence, monkeypatch):
+    alive, most = weakref.WeakSet(), 0
+
+    class Scans(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            nonlocal most
+            image = torch.full((1, 8, 8, 8 + i % 3), float(i)).half()
+            alive.add(image)
+            most = max(most, len(alive))
+            return {"image": MetaTensor(image), "target": i}
+
+    made = DeviceLoader(Scans(), CropSampler((8, 8, 8)), 4, residence=residence)
+    made.prepare()
+    buffer = made._buffer
+    assert most <= 3, "a scan, its MetaTensor, the scan before"
+    held = sum(flat.untyped_storage().nbytes() for flat in buffer._flat.values())
+    assert buffer.nbytes <= held < 1.2 * buffer.nbytes
+    assert buffer.numbers["target"].tolist() == list(range(40))
+    assert all((buffer.voxels["image"][o : o + 512] == i).all() for i, o in enumerate(buffer.offset))
+
+
+class OnGPU(ScanBuffer):
+    """Says that it lies on a GPU."""
+
+    def to(self, device):
+        self.where = torch.device(device).type
+        return self
+
+
+@pytest.mark.parametrize(
+    ("free", "drawn_on", "residence"),
+    [
+        (3.0, None, "device"),
+        (1.5, None, "host"),
+        (1.5, "cuda", "device"),  # tighter, but it was there
+        (1.1, "cuda", "host"),
+        (3.0, "cpu", "host"),  # there is room on the GPU by now, but it was not there
+    ],
+)
+def test_a_run_that_goes_on_has_its_scans_where_they_were(free, drawn_on, residence, monkeypatch):
+    scans = dataset()
+    needed = sum(item[key].nbytes for item in scans for key in ("image", "label"))
+    monkeypatch.setattr(
+        "sspformer.data.device_loader._free", lambda device: needed * (free if device.type == "cuda" else 10)
+    )
+    monkeypatch.setattr("sspformer.data.device_loader.ScanBuffer", OnGPU)
+    made = loader(device="cuda")
+    made.load_state_dict({"drawn_on": drawn_on})
+    made.prepare()
+    assert made.residence == residence
+    assert made._buffer.where == ("cuda" if residence == "device" else "cpu")
+
+
+def test_crops_that_are_drawn_elsewhere_than_before_are_named(caplog):
+    first = loader()
+    next(iter(first))
+    assert first.state_dict() == {"drawn_on": "cpu"}
+    for drawn_on, warned in (("cpu", False), ("cuda", True)):
+        caplog.clear()
+        made = loader(residence="device")
+        made.load_state_dict({"drawn_on": drawn_on})
+        list(made), list(made)
+        assert caplog.text.count("were drawn on cuda, and now they are on cpu") == warned
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import logging
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.losses import DiceCELoss
 from torch import nn
 
-from sspformer.engines import GradientClipping, TrainStep
+from sspformer.engines import GradientClipping, LoadCheckpoint, SaveCheckpoint, TrainStep, place
+from sspformer.engines.checkpoints import save_network
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder
 
 
 def train(update, steps=4, seed=0):
@@ -64,6 +66,41 @@ def test_where_compiling_fails_the_step_runs_as_it_is_and_says_why(caplog):
 def test_under_bfloat16_the_loss_is_float32_and_near():
     losses, _ = train(lambda network, loss: TrainStep(network, loss, amp=True, compile=False))
     torch.testing.assert_close(losses, train(None)[0], atol=0.02, rtol=0)
+
+
+def test_with_channels_last_a_network_is_the_same_and_its_training_goes_on(tmp_path):
+    def made(channels_last):
+        torch.manual_seed(0)
+        network = SSPFormerDense(SSPFormerEncoder(patch_size=4, dim=48, depth=2, num_heads=2), 3, features=8)
+        network = place(network, "cpu", channels_last)
+        return network, torch.optim.AdamW(network.parameters(), lr=0.01, fused=True)
+
+    def steps(network, optimizer, n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            network(image).square().mean().backward()
+            optimizer.step()
+
+    image = torch.rand(1, 1, 8, 8, 8)
+    plain, other = made(None), made(True)
+    assert other[0].head.weight.is_contiguous() and not other[0].fuse[0].conv.weight.is_contiguous()
+    torch.testing.assert_close(other[0](image), plain[0](image))
+    # a checkpoint of either goes on in the other
+    for first, second in ((plain, made(True)), (other, made(None))):
+        steps(*first, 2)
+        engine = Engine(lambda engine, batch: None)
+        save = SaveCheckpoint(tmp_path, dict(zip(("network", "optimizer"), first)))
+        save(engine)
+        (tmp_path / "models/checkpoint.json").write_text("{}")
+        load = LoadCheckpoint.__new__(LoadCheckpoint)
+        load.found, load.map_location = tmp_path / "models/checkpoint.pt", None
+        load.load_dict = dict(zip(("network", "optimizer"), second))
+        engine.state.max_epochs = 1
+        load(engine)
+        steps(*first, 2), steps(*second, 2)
+        torch.testing.assert_close(second[0](image), first[0](image))
+    save_network(other[0], tmp_path / "model.pt")
+    assert all(value.is_contiguous() for value in torch.load(tmp_path / "model.pt").values())
 
 
 def test_a_word_that_is_none_of_the_three():

@@ -10,12 +10,13 @@ from sspformer.networks import (
     MaskedAutoencoder,
     RotaryPosition,
     SSPFormerEncoder,
+    gather_patches,
     gather_tokens,
     pad_to_patches,
     patchify,
     unpatchify,
 )
-from sspformer.networks.layers import attend, rotate
+from sspformer.networks.layers import LayerNorm, attend, rotate
 from sspformer.transforms import InverseFrequencyMask
 
 
@@ -34,6 +35,8 @@ def test_patchify_round_trip_and_order(shape, patch):
     # the token after the first lies one patch further along the last axis
     second = image[(slice(None), slice(None), *[slice(0, p) for p in patch[:-1]], slice(patch[-1], 2 * patch[-1]))]
     assert torch.equal(patches[:, 1], second.flatten(1))
+    index = torch.rand(2, len(patches[0])).argsort(dim=1)[:, :3]
+    assert torch.equal(gather_patches(image, patch, index), gather_tokens(patches, index))
 
 
 def test_padding_repeats_the_border_at_the_end():
@@ -42,7 +45,7 @@ def test_padding_repeats_the_border_at_the_end():
     assert padded.shape[2:] == (8, 8)
     assert torch.equal(padded[:, :, :5], image)
     assert torch.equal(padded[:, :, 7], image[:, :, 4])
-    assert torch.equal(pad_to_patches(image, (5, 4)), image)
+    assert pad_to_patches(image, (5, 4)) is image  # no kernel where nothing is to be padded
 
 
 @pytest.mark.parametrize("grid", [(5, 4), (3, 4, 2)])
@@ -84,6 +87,17 @@ def test_attention_equals_the_formula():
         weights = (rotate(qh, rotation) @ rotate(kh, rotation).transpose(-1, -2) / 12**0.5).softmax(-1)
         heads.append(weights @ vh)
     torch.testing.assert_close(attention(x, rotation), attention.proj(torch.cat(heads, -1)))
+
+
+def test_layer_norm_in_bfloat16_has_sums_in_float32():
+    norm = LayerNorm(256)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (50 + torch.randn(3, 7, 256)).bfloat16()
+    low, full = norm._in_type_of(x), norm(x.float())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), full, atol=0.03, rtol=0.02)
+    x = x.float()
+    assert torch.equal(norm(x), torch.nn.functional.layer_norm(x, (256,), norm.weight, norm.bias))
 
 
 @pytest.mark.parametrize("shape, stock", [((9, 12), torch.nn.InstanceNorm2d), ((9, 4, 6), torch.nn.InstanceNorm3d)])
@@ -147,6 +161,16 @@ def test_encoding_visible_tokens_is_encoding_an_image_of_them_alone():
     torch.testing.assert_close(encoder(image, every), encoder(image))
     permutation = torch.randperm(8)[None]
     torch.testing.assert_close(encoder(image, permutation), encoder(image)[:, permutation[0]])
+
+
+def test_one_mask_token_for_all_is_a_token_for_each():
+    net = toy()
+    image = torch.rand(2, 1, 16, 16, 16)
+    ids = InverseFrequencyMask(4)(image)
+    torch.nn.init.normal_(net.mask_token)
+    pred = net(image, ids.keep, ids.mask)
+    net.mask_token = torch.nn.Parameter(net.mask_token.detach().expand(*ids.mask.shape, -1).clone())
+    torch.testing.assert_close(pred, net(image, ids.keep, ids.mask))
 
 
 def test_a_prediction_does_not_depend_on_what_else_is_asked_for():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,12 @@ logger = logging.getLogger("sspformer")
 
 #: where the scans lie while batches are drawn
 RESIDENCES = ("device", "host", "disk")
-#: share of the free memory that scans may take
-MEMORY_SHARE = 0.5
+#: share of the free memory that scans may take; of a GPU's, where a run goes on that had them there
+MEMORY_SHARE, RESUMED_SHARE = 0.5, 0.8
 #: scans after which it is judged whether all of them will fit
 PROBED = 8
+#: room that is made for scans that are still to be read, over what those before them lead to expect
+SPARE = 1.05
 #: places that are drawn for a crop which is to have foreground, and the stride at which its voxels are looked at
 TRIES, COARSE = 8, 4
 #: sets the draws of places apart from those of masks and noise, whose seed is the same
@@ -40,34 +43,74 @@ class ScanBuffer:
     """Scans of any shapes, and their label maps, one after the other in one flat tensor a key.
 
     Args:
-        items: dictionaries with MetaTensors ``(1, X, Y, Z)`` at ``keys``, all of an item on one grid. Types are kept:
-            float16 or uint8 save memory. Entries that are numbers, such as a target, are kept as well.
+        items: see :meth:`add`.
         keys: entries to keep.
-
-    Raises:
-        ValueError: if an item has several channels, is not 3D, or its keys differ in shape.
+        n_scans: how many there will be with those that are added later; 0: none are.
     """
 
-    def __init__(self, items: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("image",)) -> None:
-        first = [item[keys[0]] for item in items]
+    def __init__(
+        self, items: Sequence[Mapping[str, Any]] = (), keys: Sequence[str] = ("image",), n_scans: int = 0
+    ) -> None:
+        self.keys, self.n_scans, self.n_voxels = tuple(keys), n_scans or len(items), 0
+        self._flat: dict[str, Tensor] = {}  # with room for scans to come
+        self.numbers: dict[str, Tensor] = {}
+        self.shape, self.offset = torch.empty(0, 3, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        self.affine, self.spacing = torch.empty(0, 4, 4), torch.empty(0, 3)
         for item in items:
-            shapes = {tuple(item[key].shape) for key in keys}
-            if len(shapes) > 1 or len(shape := shapes.pop()) != 4 or shape[0] != 1:
-                raise ValueError(
-                    f"scans on the device have one channel and three axes, the same for {', '.join(keys)}; got "
-                    f"{[tuple(item[key].shape) for key in keys]} of {item[keys[0]].meta.get('filename_or_obj', 'one')}."
-                )
-        self.voxels = {
-            key: torch.cat([torch.as_tensor(item[key]).as_subclass(Tensor).flatten() for item in items]) for key in keys
-        }
-        self.numbers = {name: torch.tensor([item[name] for item in items]) for name in _numbers(items)}
-        self.shape = torch.tensor([scan.shape[1:] for scan in first])
-        self.offset = self.shape.prod(dim=1).cumsum(0) - self.shape.prod(dim=1)
-        self.affine = torch.stack([torch.as_tensor(scan.affine, dtype=torch.float32).cpu() for scan in first])
-        self.spacing = self.affine[:, :3, :3].square().sum(dim=1).sqrt()
+            self.add(item)
+
+    def add(self, item: Mapping[str, Any]) -> None:
+        """Copy one more scan to the end.
+
+        Args:
+            item: dictionary with MetaTensors ``(1, X, Y, Z)`` at the keys, all on one grid. Types are kept: float16 or
+                uint8 save memory. Entries that are a number in every item, such as a target, are kept as well.
+
+        Raises:
+            ValueError: if the item has several channels, is not 3D, or its keys differ in shape.
+        """
+        first, shapes = item[self.keys[0]], {tuple(item[key].shape) for key in self.keys}
+        if len(shapes) > 1 or first.ndim != 4 or len(first) != 1:
+            raise ValueError(
+                f"scans on the device have one channel and three axes, the same for {', '.join(self.keys)}; got "
+                f"{[tuple(item[key].shape) for key in self.keys]} of {first.meta.get('filename_or_obj', 'one')}."
+            )
+        end = self.n_voxels + first.numel()
+        for key in self.keys:
+            scan = torch.as_tensor(item[key]).as_subclass(Tensor)
+            self._flat[key] = self._with_room(self._flat.get(key, scan.new_empty(0)), end, scan.dtype)
+            self._flat[key][self.n_voxels : end] = scan.flatten()
+        affine = torch.as_tensor(first.affine, dtype=torch.float32).cpu()
+        numbers = {name: item[name] for name in (self.numbers if len(self) else item) if _is_number(item.get(name))}
+        self.numbers = {name: self._longer(self.numbers.get(name), value) for name, value in numbers.items()}
+        self.offset = self._longer(self.offset, self.n_voxels)
+        self.shape = self._longer(self.shape, first.shape[1:])
+        self.spacing = self._longer(self.spacing, affine[:3, :3].square().sum(dim=0).sqrt().tolist())
+        self.affine = self._longer(self.affine, affine.tolist())
+        self.n_voxels = end
+
+    def _with_room(self, flat: Tensor, end: int, dtype: torch.dtype) -> Tensor:
+        """``flat``, or a longer one with the same voxels, so that in the end about one copy of all scans is held."""
+        dtype = torch.promote_types(flat.dtype, dtype)
+        if end <= len(flat) and dtype == flat.dtype:
+            return flat
+        seen = len(self) + 1
+        expected = self.n_scans if seen >= PROBED else min(self.n_scans, PROBED)
+        grown = torch.empty(max(end, int(SPARE * end / seen * expected)), dtype=dtype, device=self.device)
+        grown[: self.n_voxels] = flat[: self.n_voxels]
+        return grown
+
+    def _longer(self, rows: Tensor | None, row: Any) -> Tensor:
+        new = torch.tensor([row], device=self.device)
+        return new if rows is None else torch.cat([rows, new])
 
     def __len__(self) -> int:
         return len(self.shape)
+
+    @property
+    def voxels(self) -> dict[str, Tensor]:
+        """All scans of each key, ``(n_voxels,)``."""
+        return {key: flat[: self.n_voxels] for key, flat in self._flat.items()}
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +124,10 @@ class ScanBuffer:
     def to(self, device: torch.device | str) -> ScanBuffer:
         """Move all tensors, in place."""
         for name, value in vars(self).items():
-            moved = {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
-            setattr(self, name, moved)
+            if isinstance(value, dict):
+                setattr(self, name, {key: tensor.to(device) for key, tensor in value.items()})
+            elif isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
         return self
 
     def crops(
@@ -127,8 +172,9 @@ class DeviceLoader(Randomizable):
 
     Args:
         dataset: items with MetaTensors ``(1, X, Y, Z)`` at ``keys``, preprocessed, without random transforms.
-        crop: draws where the crops lie, for example :class:`sspformer.transforms.CropSampler`; any callable
-            ``(shape, spacing, generator) -> matrix`` with sides ``size``.
+        crop: draws where the crops lie, as :class:`sspformer.transforms.CropSampler` does: any callable
+            ``(shape, spacing, generator) -> matrix`` that also has ``size`` (three sides), ``spatial_dims`` (2 for
+            slices), and ``mirror`` and ``on_grid`` as in :meth:`ScanBuffer.crops`.
         batch_size: crops in a batch of one process.
         device: of the network.
         crops_per_scan: crops of each scan in an epoch.
@@ -175,6 +221,7 @@ class DeviceLoader(Randomizable):
         self.residence, self.num_workers = residence, num_workers
         self.foreground, self.threshold = foreground, threshold
         self._buffer: ScanBuffer | None = None
+        self._drawn_on: str | None = None
         self.set_random_state(0)
 
     def set_random_state(self, seed=None, state=None) -> DeviceLoader:
@@ -192,6 +239,12 @@ class DeviceLoader(Randomizable):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.prepare()
         where = self.device if self.residence == "device" else torch.device("cpu")
+        if self._drawn_on not in (None, where.type):
+            logger.warning(
+                f"until this run was stopped its crops were drawn on {self._drawn_on}, and now they are on "
+                f"{where.type}: they are not those of a run that was not stopped. --device and --data_on_device decide."
+            )
+        self._drawn_on = where.type
         # all processes draw the places of the global batch; each augments its own part
         generators = [torch.Generator(where).manual_seed(self._seed ^ n) for n in (PLACES, idist.get_rank() + 1)]
         n_global = self.batch_size * idist.get_world_size()
@@ -214,24 +267,38 @@ class DeviceLoader(Randomizable):
         """Read all scans, and choose where they lie; called by the first epoch."""
         if self._buffer is not None or self.residence == "disk":
             return
+        places = [self.residence] if self.residence != "auto" else list(RESIDENCES)
+        free = {"device": _free(self.device), "host": _free(torch.device("cpu")), "disk": math.inf}
+        shares = dict.fromkeys(RESIDENCES, MEMORY_SHARE)
+        if self._drawn_on == self.device.type != "cpu":
+            shares["device"] = RESUMED_SHARE
+        elif self._drawn_on == "cpu" != self.device.type and len(places) > 1:
+            places.remove("device")
+        buffer = ScanBuffer(keys=self.keys, n_scans=len(self.dataset))
         workers = {"num_workers": self.num_workers, "batch_size": None, "collate_fn": _unchanged}
-        items, needed, room = [], 0.0, {"device": _free(self.device), "host": _free(torch.device("cpu"))}
         for item in tqdm(DataLoader(self.dataset, **workers), "reading scans", disable=None):
-            items.append({key: item[key].clone() for key in self.keys} | {key: item[key] for key in _numbers([item])})
-            needed += sum(item[key].nbytes for key in self.keys)
-            expected = needed / len(items) * len(self.dataset)
-            probed = len(items) >= min(PROBED, len(self.dataset))
-            if self.residence == "auto" and probed and expected > MEMORY_SHARE * max(room.values()):
+            buffer.add(item)
+            expected = buffer.nbytes / len(buffer) * len(self.dataset)
+            if len(places) > 1 and len(buffer) < min(PROBED, len(self.dataset)):
+                continue  # on the host, until it is known what all of them need
+            while len(places) > 1 and expected > shares[places[0]] * free[places[0]]:
+                del places[0]
+            if places[0] == "disk":
                 self.residence = "disk"
                 logger.info(f"{len(self.dataset)} scans need about {expected / 2**30:.3g} GiB: read for each crop")
                 return
-        if self.residence == "auto":
-            self.residence = "device" if needed <= MEMORY_SHARE * room["device"] else "host"
-        self._buffer = ScanBuffer(items, self.keys)
-        if self.residence == "device":
-            self._buffer.to(self.device)
+            buffer.to(self.device if places[0] == "device" else "cpu")
+        self.residence, self._buffer = places[0], buffer
         where = self.device if self.residence == "device" else "the host"
-        logger.info(f"{len(items)} scans lie on {where}: {self._buffer.nbytes / 2**30:.3g} GiB")
+        logger.info(f"{len(buffer)} scans lie on {where}: {buffer.nbytes / 2**30:.3g} GiB")
+
+    def state_dict(self) -> dict[str, str | None]:
+        """On which kind of device crops are drawn; other draws would come from another."""
+        return {"drawn_on": self._drawn_on}
+
+    def load_state_dict(self, state: Mapping[str, str | None]) -> None:
+        """Of the run that goes on: "auto" draws its crops there again where it can; a warning says where it cannot."""
+        self._drawn_on = state["drawn_on"]
 
     def draw(
         self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator, own_generator: torch.Generator
@@ -281,9 +348,8 @@ class DeviceLoader(Randomizable):
         return {n: v.pin_memory() for n, v in batch.items()} if self.device.type == "cuda" else batch
 
 
-def _numbers(items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the entries that are a number in every item."""
-    return [name for name in items[0] if all(isinstance(item.get(name), Real) for item in items)]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
 
 
 def _unchanged(item: Any) -> Any:

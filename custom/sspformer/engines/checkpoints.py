@@ -29,6 +29,8 @@ logger = logging.getLogger("sspformer")
 
 #: the file in an output folder from which an interrupted training goes on
 CHECKPOINT = "models/checkpoint.pt"
+#: the state in it of a loader that has one
+LOADER = "data_loader"
 
 
 class LoadCheckpoint:
@@ -88,13 +90,29 @@ class LoadCheckpoint:
         fix = "pass --resume false to start afresh"
         checkpoint = load_checked(self.found, fix, self.map_location)
         max_epochs = engine.state.max_epochs
+        objects = {**self.load_dict, "trainer": engine}
+        loader = getattr(engine, "data_loader", None)
+        if LOADER in checkpoint and hasattr(loader, "load_state_dict"):
+            objects[LOADER] = loader
         try:
-            Checkpoint.load_objects({**self.load_dict, "trainer": engine}, checkpoint)
+            Checkpoint.load_objects(objects, checkpoint)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.found} is damaged or of another run ({error}): {fix}.") from error
+        for optimizer in self.load_dict.values():
+            if isinstance(optimizer, torch.optim.Optimizer):
+                _lay_out_as_parameters(optimizer)
         engine.state.max_epochs = max_epochs
         if engine.state.epoch >= engine.state.max_epochs:
             logger.info(f"this run is complete: {engine.state.epoch} of {engine.state.max_epochs} epochs are done")
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Fused optimisers read a parameter and its state as they lie in memory: on a GPU with the channels last, and
+    perhaps not so where the checkpoint was written."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _every_and_last(interval: int) -> CallableEventWithFilter:
@@ -112,7 +130,7 @@ class SaveCheckpoint:
 
     Args:
         output_dir: of the run; the file is ``models/checkpoint.pt`` in it.
-        save_dict: name to object with ``state_dict``; the trainer's own state joins them.
+        save_dict: name to object with ``state_dict``; the trainer's own state joins them, and that of its loader.
         interval: epochs between two writes; the last epoch is always written.
     """
 
@@ -124,6 +142,8 @@ class SaveCheckpoint:
 
     def __call__(self, engine: Engine) -> None:
         objects = {**self.save_dict, "trainer": engine}
+        if hasattr(loader := getattr(engine, "data_loader", None), "state_dict"):
+            objects[LOADER] = loader
         # without parallel wrappers, so that the number of processes may change when a run goes on
         save_atomically({name: getattr(obj, "module", obj).state_dict() for name, obj in objects.items()}, self.path)
 
@@ -190,7 +210,7 @@ class SaveBestModel:
 def save_network(network: torch.nn.Module, path: str | os.PathLike) -> None:
     """Write the plain state dict of a network, on the CPU, without the prefix of a parallel wrapper."""
     state = getattr(network, "module", network).state_dict()
-    save_atomically({name: value.detach().cpu() for name, value in state.items()}, path)
+    save_atomically({name: value.detach().cpu().contiguous() for name, value in state.items()}, path)
 
 
 def find_checkpoint(path: str, resume: bool, settings: Mapping[str, Any]) -> str | None:

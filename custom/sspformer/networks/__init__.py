@@ -9,6 +9,7 @@ from .layers import (
     Block,
     InstanceNorm,
     RotaryPosition,
+    gather_patches,
     gather_tokens,
     pad_to_patches,
     patchify,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import Encoder
+from .layers import LayerNorm
 
 
 class DenseNetwork(nn.Module):
@@ -63,7 +64,7 @@ class DenseNetwork(nn.Module):
             narrow, wide = channels[level], channels[level + 1]
             self.stem.append(nn.Sequential(convolution(narrow, wide, stride), convolution(wide, wide, 1)))
 
-        self.token_norms = nn.ModuleList(nn.LayerNorm(encoder.dim) for _ in self.depths)
+        self.token_norms = nn.ModuleList(LayerNorm(encoder.dim) for _ in self.depths)
         self.token_projection = nn.Linear(encoder.dim * len(self.depths), channels[-1])
         transposed = nn.ConvTranspose3d if encoder.spatial_dims == 3 else nn.ConvTranspose2d
         self.upsample, self.fuse = nn.ModuleList(), nn.ModuleList()

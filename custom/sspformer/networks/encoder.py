@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
-from .layers import Block, RotaryPosition, gather_tokens, pad_to_patches, patchify, select_positions, token_grid
+from .layers import (
+    Block,
+    LayerNorm,
+    RotaryPosition,
+    gather_patches,
+    pad_to_patches,
+    patchify,
+    select_positions,
+    token_grid,
+)
 
 
 class Encoder(Protocol):
@@ -106,7 +115,7 @@ class SSPFormerEncoder(nn.Module):
         self.patch_embedding = nn.Linear(voxels, self.dim)
         self.position = RotaryPosition(self.dim // num_heads, spatial_dims)
         self.blocks = nn.ModuleList(Block(self.dim, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(self.dim)
+        self.norm = LayerNorm(self.dim)
         self.apply(init_weights)
         # a file says so what its weights are for: the other shapes do not tell 8 x 8 voxels from 4 x 4 x 4
         self.register_buffer("layout", torch.tensor([num_heads, in_channels, *self.patch_size]))
@@ -211,12 +220,13 @@ class SSPFormerEncoder(nn.Module):
                 f"the encoder takes images of shape (B, {self.in_channels}, {sides}), got {list(image.shape)}: "
                 "build it with the in_channels and spatial_dims of your images."
             )
-        patches = patchify(pad_to_patches(image, self.patch_size), self.patch_size)
-        rotation = self.position(self.grid(image.shape[2:]))
-        if ids_keep is not None:  # masked patches are dropped before anything is computed from them
-            patches = gather_tokens(patches, ids_keep)
-            rotation = select_positions(rotation, ids_keep)
-        return self.patch_embedding(patches), rotation
+        padded = pad_to_patches(image, self.patch_size)
+        if ids_keep is None:
+            tokens = self.patch_embedding(patchify(padded, self.patch_size))
+        else:  # masked patches are dropped before anything is computed from them
+            tokens = self.patch_embedding(gather_patches(padded, self.patch_size, ids_keep))
+        rotation = self.position(self.grid(image.shape[2:])).to(tokens.dtype)  # once for all blocks
+        return tokens, rotation if ids_keep is None else select_positions(rotation, ids_keep)
 
 
 def init_weights(module: nn.Module) -> None:

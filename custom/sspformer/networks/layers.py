@@ -23,11 +23,17 @@ def token_grid(image_size: list[int], patch_size: list[int]) -> list[int]:
 
 
 def pad_to_patches(image: Tensor, patch_size: list[int]) -> Tensor:
-    """Repeat the last voxels of ``(B, C, *S)`` until every side is a multiple of the patch."""
+    """Repeat the last voxels of ``(B, C, *S)`` until every side is a multiple of the patch.
+
+    Where all are, the image itself is returned; not so in graphs that are made for any size.
+    """
     size = image.shape[2:]
     padding: list[int] = []
     for tokens, patch, side in zip(token_grid(size, patch_size), patch_size, size):
         padding = [0, tokens * patch - side] + padding  # the last axis comes first
+    if not torch.jit.is_scripting():
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not any(padding):
+            return image
     return F.pad(image, padding, mode="replicate")
 
 
@@ -35,10 +41,28 @@ def patchify(image: Tensor, patch_size: list[int]) -> Tensor:
     """``(B, C, *S)``, sides multiples of the patch -> patches ``(B, N, C * prod(patch_size))``, last axis of the grid
     fastest."""
     n = len(patch_size)
+    return _split_patches(image, patch_size).flatten(n + 1).flatten(1, n)
+
+
+def gather_patches(image: Tensor, patch_size: list[int], index: Tensor) -> Tensor:
+    """The patches ``index`` (B, K) of :func:`patchify`, ``(B, K, C * prod(patch_size))``; no others are copied."""
+    n = len(patch_size)
+    patches = _split_patches(image, patch_size)
+    where: list[Tensor | None] = []
+    for axis in range(n, 0, -1):
+        side = patches.shape[axis]
+        where.insert(0, index % side)
+        index = index.div(side, rounding_mode="floor")
+    where.insert(0, torch.arange(index.shape[0], device=index.device)[:, None])
+    return torch.ops.aten.index(patches, where).flatten(2)
+
+
+def _split_patches(image: Tensor, patch_size: list[int]) -> Tensor:
+    """A view of ``(B, C, *S)``: ``(B, *grid, C, *patch_size)``."""
+    n = len(patch_size)
     for axis, patch in enumerate(patch_size):
         image = image.unflatten(2 + 2 * axis, (-1, patch))  # B C g0 p0 g1 p1 ...
-    order = [0] + list(range(2, 2 + 2 * n, 2)) + [1] + list(range(3, 3 + 2 * n, 2))  # B g0 g1 ... C p0 p1 ...
-    return image.permute(order).flatten(n + 1).flatten(1, n)
+    return image.permute([0] + list(range(2, 2 + 2 * n, 2)) + [1] + list(range(3, 3 + 2 * n, 2)))
 
 
 def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
@@ -103,23 +127,44 @@ class RotaryPosition(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, grid: list[int]) -> Tensor:
-        """Cosines and sines for every token of ``grid``: ``(2, N, head_dim // 2)``, float32."""
+        """What :func:`rotate` multiplies every token of ``grid`` by: ``(2, N, head_dim)``, float32."""
         axes = [torch.arange(side, device=self.frequency.device, dtype=torch.float32) for side in grid]
         coordinates = torch.stack(torch.meshgrid(axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
         angle = (coordinates[:, :, None] * self.frequency).sum(dim=1)  # not a matmul: autocast would round it
-        return torch.stack([angle.cos(), angle.sin()])
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
 def select_positions(rotation: Tensor, index: Tensor) -> Tensor:
-    """Rotations ``(2, N, P)`` at ``index`` (B, K) -> ``(2, B, 1, K, P)``, to broadcast over attention heads."""
-    return rotation[:, index].unsqueeze(2)
+    """Rotations ``(2, N, head_dim)`` at ``index`` (B, K) -> ``(2, B, K, head_dim)``."""
+    return rotation[:, index]
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the channel pairs of ``x`` (B, heads, N, head_dim) by ``rotation`` (2, ..., N, head_dim // 2)."""
-    cos, sin = rotation.to(x.dtype).unbind()
+    """Turn the channel pairs of ``x`` (..., N, head_dim), each a channel of the first half and one of the second, by
+    ``rotation`` (2, ..., N, head_dim) of the same type: the first half becomes ``a cos - b sin``, the second
+    ``b cos + a sin``."""
+    cos, sin = rotation.unbind()
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return x * cos + torch.cat([b, a], dim=-1) * sin
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's layer norm whose output has the type of its input, under autocast on a GPU, too.
+
+    There autocast would copy bfloat16 tokens to float32, and the float32 output back for each linear layer after it.
+    The sums are float32 all the same. A compiler fuses these copies by itself, and CPUs make none.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if x.is_cuda and x.dtype != self.weight.dtype and not torch.compiler.is_compiling():
+                with torch.autocast("cuda", enabled=False):
+                    return self._in_type_of(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    def _in_type_of(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 #: keys up to which attention in bfloat16 on a CPU is trained as two matrix products: the scores are kept, and small
@@ -160,16 +205,21 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, context: Tensor | None = None, context_rotation: Tensor | None = None
     ) -> Tensor:
-        """``x`` (B, N, D) attends to itself, or to ``context`` (B, K, D); returns ``(B, N, D)``."""
+        """``x`` (B, N, D) attends to itself, or to ``context`` (B, K, D); returns ``(B, N, D)``.
+
+        Rotations are ``(2, N, head_dim)`` or ``(2, B, N, head_dim)``. ``x`` may be one token ``(1, 1, D)`` for all.
+        """
         context = x if context is None else context
         context_rotation = rotation if context_rotation is None else context_rotation
         k, v = self.kv(context).chunk(2, dim=-1)
         q, k, v = self._heads(self.q(x)), self._heads(k), self._heads(v)
-        out = attend(rotate(q, rotation), rotate(k, context_rotation), v)
+        # turned before heads and tokens change places, so that the output of attention lies as the last layer reads it
+        q, k = rotate(q, rotation.unsqueeze(-2)), rotate(k, context_rotation.unsqueeze(-2))
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
+        return x.unflatten(-1, (self.num_heads, -1))  # (B, N, heads, head_dim)
 
 
 class Block(nn.Module):
@@ -183,10 +233,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, cross: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm_context = nn.LayerNorm(dim) if cross else nn.Identity()
+        self.norm1 = LayerNorm(dim)
+        self.norm_context = LayerNorm(dim) if cross else nn.Identity()
         self.attention = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import SIZES, Encoder, init_weights
-from .layers import Block, RotaryPosition, select_positions
+from .layers import Block, LayerNorm, RotaryPosition, select_positions
 
 
 class MaskedAutoencoder(nn.Module):
@@ -46,7 +46,7 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.decoder_position = RotaryPosition(dim // num_heads, encoder.spatial_dims)
         self.decoder_blocks = nn.ModuleList(Block(dim, num_heads, cross=True) for _ in range(depth))
-        self.decoder_norm = nn.LayerNorm(dim)
+        self.decoder_norm = LayerNorm(dim)
         self.head = nn.Linear(dim, encoder.in_channels * math.prod(self.patch_size))
         for module in (self.decoder_embedding, self.decoder_blocks, self.head):
             module.apply(init_weights)
@@ -69,12 +69,12 @@ class MaskedAutoencoder(nn.Module):
 
     def decode(self, visible: Tensor, ids_keep: Tensor, ids_predict: Tensor, grid: Sequence[int]) -> Tensor:
         """Mask tokens at ``ids_predict`` gather from the ``visible`` tokens ``(B, K, D)`` by cross-attention."""
-        rotation = self.decoder_position(grid)
+        context = self.decoder_embedding(visible)
+        rotation = self.decoder_position(grid).to(context.dtype)  # once for all blocks
         rotation_keep = select_positions(rotation, ids_keep)
         rotation_predict = select_positions(rotation, ids_predict)
 
-        context = self.decoder_embedding(visible)
-        tokens = self.mask_token.expand(*ids_predict.shape, -1)
+        tokens = self.mask_token.to(context.dtype)  # all start alike: the first block's queries differ by rotation only
         for block in self.decoder_blocks:
             tokens = block(tokens, rotation_predict, context, rotation_keep)
         return self.head(self.decoder_norm(tokens))
