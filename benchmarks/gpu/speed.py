@@ -44,9 +44,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import BUNDLE, facts
 from benchmarks.peers import MonaiMaskedAutoencoder, monai_loss
 from sspformer.data import DeviceLoader
-from sspformer.engines import PrepareMaskedBatch, TrainStep, place
+from sspformer.engines import PrepareMaskedBatch, TrainStep
 from sspformer.losses import BalancedDiceCELoss, MaskedReconstructionLoss
-from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder, patchify
+from sspformer.networks import MaskedAutoencoder, SSPFormerDense, SSPFormerEncoder, patchify, place
 from sspformer.transforms import BatchedContrast, CropSampler, InverseFrequencyMask, NoiseSampler
 
 

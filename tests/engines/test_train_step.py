@@ -9,9 +9,9 @@ from monai.engines import SupervisedTrainer
 from monai.losses import DiceCELoss
 from torch import nn
 
-from sspformer.engines import GradientClipping, LoadCheckpoint, SaveCheckpoint, TrainStep, place
+from sspformer.engines import GradientClipping, LoadCheckpoint, SaveCheckpoint, TrainStep
 from sspformer.engines.checkpoints import save_network
-from sspformer.networks import SSPFormerDense, SSPFormerEncoder
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder, place
 
 
 def train(update, steps=4, seed=0):

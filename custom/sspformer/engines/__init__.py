@@ -29,4 +29,4 @@ from .predictions import (
 )
 from .prepare_batch import PrepareBatchOnDevice, PrepareDegradedBatch, PrepareMaskedBatch
 from .report import EvaluationReport
-from .train_step import TrainStep, place
+from .train_step import TrainStep

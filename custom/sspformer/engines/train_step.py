@@ -103,25 +103,6 @@ class TrainStep:
         return compiled
 
 
-def place(network: nn.Module, device: torch.device | str, channels_last: bool | None = None) -> nn.Module:
-    """A network to train on its device; convolutions on a GPU have their channels last in memory.
-
-    Args:
-        network: moved in place, before an optimiser or a parallel wrapper sees it.
-        device: of the training.
-        channels_last: whether weights of convolutions are laid out so; None: on a GPU. Values stay, and weights of
-            either layout load into the other.
-
-    Returns:
-        ``network``.
-    """
-    network = network.to(device)
-    if torch.device(device).type == "cuda" if channels_last is None else channels_last:
-        nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
-        nn.utils.convert_conv3d_weight_memory_format(network, torch.channels_last_3d)
-    return network
-
-
 def _plain(value: Any) -> Any:
     """Tensors without MONAI's metadata, which a compiler cannot follow."""
     if isinstance(value, Mapping):

@@ -2,7 +2,7 @@
 
 from .dense import SSPFormerDense
 from .encoder import SIZES, Encoder, SSPFormerEncoder, resize_patch_embedding
-from .exported import ExportedNetwork, export_network, is_exported, network_to_run, save_exported
+from .exported import ExportedNetwork, export_network, is_exported, network_to_run, place, save_exported
 from .heads import ScanPredictor
 from .layers import (
     Attention,

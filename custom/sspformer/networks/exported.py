@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-__all__ = ["ExportedNetwork", "export_network", "is_exported", "network_to_run", "save_exported"]
+__all__ = ["ExportedNetwork", "export_network", "is_exported", "network_to_run", "place", "save_exported"]
 
 logger = logging.getLogger("sspformer")
 
@@ -63,12 +63,27 @@ class ExportedNetwork(nn.Module):
 
 def network_to_run(network: nn.Module, weights: str | Path, device: torch.device | str) -> nn.Module:
     """The network of the file ``weights`` if that is a ``.pt2``, else ``network``, whose weights are loaded later; both
-    on the device. On CUDA, 3D convolutions have their channels last in memory, as the kernels for bfloat16 want them.
+    on the device (:func:`place`)."""
+    return ExportedNetwork(weights, device) if is_exported(weights) else place(network, device)
+
+
+def place(network: nn.Module, device: torch.device | str, channels_last: bool | None = None) -> nn.Module:
+    """A network on its device; convolutions on a GPU have their channels last in memory.
+
+    Args:
+        network: moved in place, before an optimiser or a parallel wrapper sees it.
+        device: where it computes.
+        channels_last: whether weights of convolutions are laid out so; None: on a GPU. Values stay, and weights of
+            either layout load into the other.
+
+    Returns:
+        ``network``.
     """
-    if is_exported(weights):
-        return ExportedNetwork(weights, device)
-    channels_last = {"memory_format": torch.channels_last_3d} if torch.device(device).type == "cuda" else {}
-    return network.to(device, **channels_last)
+    network = network.to(device)
+    if torch.device(device).type == "cuda" if channels_last is None else channels_last:
+        nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
+        nn.utils.convert_conv3d_weight_memory_format(network, torch.channels_last_3d)
+    return network
 
 
 def export_network(network: nn.Module, shape: list[int] | None = None) -> ExportedProgram:
