@@ -154,6 +154,7 @@ class Study:
             "epochs": epochs,
             "val_interval": max(1, epochs // 8),
             "validate#max_scans": protocol.TASKS[task]["validation"],
+            "inferer#overlap": 0.25,  # of the validation alone; test subjects have the bundle's own
             "cache_dir": self.work_dir / "cache",
             **options,
         }
