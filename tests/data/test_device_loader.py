@@ -72,6 +72,13 @@ def test_scans_that_do_not_fit_stay_on_the_disk(monkeypatch):
     assert len(list(made)) == 8 and made.residence == "disk"
 
 
+def test_all_processes_have_their_scans_where_the_one_with_the_least_room_has(monkeypatch):
+    monkeypatch.setattr("ignite.distributed.all_reduce", lambda place, op: max(place, 2))
+    made = loader()
+    batch = next(iter(made))
+    assert made.residence == "disk" and made._buffer is None and batch["image"].shape[0] == 2
+
+
 @pytest.mark.parametrize("residence", ["auto", "host"])
 def test_while_scans_are_read_about_one_copy_of_them_is_held(residence, monkeypatch):
     alive, most = weakref.WeakSet(), 0

@@ -284,11 +284,14 @@ class DeviceLoader(Randomizable):
             while len(places) > 1 and expected > shares[places[0]] * free[places[0]]:
                 del places[0]
             if places[0] == "disk":
-                self.residence = "disk"
-                logger.info(f"{len(self.dataset)} scans need about {expected / 2**30:.3g} GiB: read for each crop")
-                return
+                break
             buffer.to(self.device if places[0] == "device" else "cpu")
-        self.residence, self._buffer = places[0], buffer
+        # where the process with the least room has them: all must draw the same places
+        self.residence = RESIDENCES[int(idist.all_reduce(RESIDENCES.index(places[0]), "MAX"))]
+        if self.residence == "disk":
+            logger.info(f"{len(self.dataset)} scans need about {expected / 2**30:.3g} GiB: read for each crop")
+            return
+        self._buffer = buffer.to(self.device if self.residence == "device" else "cpu")
         where = self.device if self.residence == "device" else "the host"
         logger.info(f"{len(buffer)} scans lie on {where}: {buffer.nbytes / 2**30:.3g} GiB")
 
