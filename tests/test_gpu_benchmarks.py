@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.pack import decode, encode
-from benchmarks.gpu.study import DESIGNS, ENCODERS, command, keep_encoders, queue, weights
+from benchmarks.gpu.study import DESIGNS, ENCODERS, Run, command, keep_encoders, next_run, queue, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,7 +57,10 @@ def test_the_recipe_chooses_the_rates_of_the_arms_and_few_encoders_are_kept(tmp_
     recipe = queue({})
     assert recipe[0].kind == "pretrain" and len(recipe) == 13
     results = {run.name: {"best": 0.7 if run.options.get("learning_rate") == 0.0007 else 0.5} for run in recipe}
-    runs = queue(results)
+    diverged = recipe[-1].name
+    assert len(queue({name: row for name, row in results.items() if name != diverged})) == 13
+    runs = queue({name: row for name, row in results.items() if name != diverged}, hopeless=[diverged])
+    assert [run.name for run in runs] == [run.name for run in queue(results)]
     arms = [run for run in runs if run.kind == "segment" and run.steps == 6000]
     assert {run.options["learning_rate"] for run in arms} == {0.0007}
     assert all(run.options["layer_decay"] == (0.65 if run.encoder else 1.0) for run in arms)
@@ -82,7 +85,7 @@ def test_what_ships_is_trained_from_one_encoder(tmp_path):
     assert [line["--encoder#patch_size"] for line in options[:2]] == ["4", "4"]
     assert "--encoder#patch_size" not in options[2] and "hippocampus.json" in words[2][6]  # 8 voxels of 1 mm
     assert {line["--pretrained"] for line in options[1:]} == {str(tmp_path / "weights_encoder.pt")}
-    assert [int(line["--epochs"]) for line in options] == [20, 18, 12]  # of 150, 500 and 500 steps
+    assert [int(line["--epochs"]) for line in options] == [16, 15, 12]  # of 150, 500 and 500 steps
 
 
 def test_every_contender_changes_the_pretraining_or_the_fine_tuning(tmp_path):
@@ -95,3 +98,16 @@ def test_every_contender_changes_the_pretraining_or_the_fine_tuning(tmp_path):
         assert words != plain
         files = [word for word in words[6].strip("[]").replace("'", "").split(",") if "benchmarks" in word]
         assert all(Path(file).is_file() for file in files) and len(files) == (design == "whole")
+
+
+def test_the_next_run_is_the_first_that_fits(tmp_path):
+    runs = [
+        Run("pretrain_a", "pretrain", steps=1500),
+        Run("segment_long", "segment", encoder="pretrain_a", steps=6000),
+        Run("segment_short", "segment", steps=1500),
+    ]
+    every, spent = {run.name: run for run in runs}, {"pretrain": 200.0, "segment": 50.0}
+    chosen = [next_run(runs[n:], every, tmp_path, spent, left) for n, left in ((0, 300), (0, 100), (1, 210), (0, 20))]
+    assert [run and run.name for run in chosen] == ["pretrain_a", "segment_short", "pretrain_a", None]
+    (tmp_path / "pretrain_a.pt").touch()
+    assert next_run(runs[1:], every, tmp_path, spent, 210).name == "segment_long"

@@ -42,7 +42,7 @@ for what in "$@"; do
   (($(left) > 0)) || break
   echo "== $what, $(left) of $minutes minutes left"
   part="$(left)"
-  [[ "$what" != check || "$part" -le 3 ]] || part=3
+  [[ "$what" != check || "$part" -le 5 ]] || part=5
   case "$what" in
     check | speed) python3 -m "benchmarks.gpu.$what" --out "$out" --minutes "$part" "${smoke[@]}" || true ;;
     study) python3 -m benchmarks.gpu.study --out "$out" --data data --minutes "$part" "${smoke[@]}" || true ;;

@@ -19,11 +19,13 @@ the machine. Each seed has a pretraining of its own.
 
 Pretraining: 1,500 steps of 48 crops of 64^3. Each finished run is a line of ``results.jsonl``: its name, settings, the
 Dice by step, steps to 95 % of its own best, and seconds. Encoders are kept in half precision, five at most; one that is
-needed later is trained again. A run that does not fit into the minutes that are left, judged by the last of its kind,
-is left to the next piece. A run that fails is tried again once; what needs its encoder is left out.
+needed later is trained again. The next run is the first that fits into the minutes that are left, judged by the last of
+its kind; in a piece that none would fit into, the first all the same. A run that fails, or does not end in a piece, is
+tried again once; what needs its encoder is left out.
 
-``--weights`` trains what is to ship instead, from single runs that each fit into a piece: an encoder by random masks,
-the 17 structures with all labels, and the hippocampus, if its scans are there. Each is left in OUT in half precision.
+``--weights`` trains what is to ship instead, from single runs that are to fit into a piece each: an encoder by random
+masks, the 17 structures with all labels, and the hippocampus, if its scans are there. Each is left in OUT in half
+precision.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,6 +47,8 @@ from benchmarks.common import BUNDLE, ROOT, facts
 
 #: of a run that fails
 TRIES = 2
+#: seconds after which a run that did not end has had its piece
+PIECE = 400
 #: files that may lie in OUT beside the tables
 ENCODERS = 5
 RATES = (0.0003, 0.0007, 0.0015, 0.003)
@@ -93,16 +98,16 @@ def segmentation(arm: str, seed: int, labels: int, rate: float, steps: int, **op
     return Run(name, "segment", seed, encoder, steps, settings | options)
 
 
-def queue(results: dict[str, dict]) -> list[Run]:
-    """All runs in their order; later ones use the best rates of the recipe, as far as it is there."""
+def queue(results: dict[str, dict], hopeless: Collection[str] = ()) -> list[Run]:
+    """All runs in their order; later ones use the best rates of the recipe, once all but the ``hopeless`` are there."""
     runs = [pretraining("random", 0)]
     recipe = [segmentation(arm, 0, 5, rate, 3000) for rate in RATES for arm in ("scratch8", "scratch4", "random")]
     runs += recipe
 
     def best(arms: tuple[str, ...]) -> tuple[str, float] | None:
-        of_arms = [run for run in recipe if run.name.split("_")[1] in arms]
-        if not all(run.name in results for run in of_arms):
-            return None  # also if one failed: the rates would not have been compared
+        of_arms = [run for run in recipe if run.name.split("_")[1] in arms and run.name not in hopeless]
+        if not of_arms or not all(run.name in results for run in of_arms):
+            return None
         top = max(of_arms, key=lambda run: results[run.name]["best"])
         return top.name.split("_")[1], top.options["learning_rate"]
 
@@ -128,8 +133,8 @@ def weights(data: Path) -> list[Run]:
     """What is to ship: encoder, 17 structures, hippocampus."""
     recipe = {"learning_rate": 0.0015, "layer_decay": 0.65}
     runs = [
-        Run("weights_encoder", "pretrain", steps=3000, options={"beta": 0.0}),
-        Run("weights_brain", "segment", 0, "weights_encoder", 9000, recipe | {"encoder#patch_size": 4}),
+        Run("weights_encoder", "pretrain", steps=2500, options={"beta": 0.0}),
+        Run("weights_brain", "segment", 0, "weights_encoder", 7500, recipe | {"encoder#patch_size": 4}),
     ]
     if (data / "hippocampus.json").is_file():
         runs.append(Run("weights_hippocampus", "segment", 0, "weights_encoder", 6000, recipe, "hippocampus"))
@@ -165,7 +170,7 @@ def command(run: Run, data: Path, encoders: Path, out: Path, smoke: bool) -> lis
         "epochs": epochs,
         "batch_size": batch,
         "crop_size": crop,
-        "val_interval": 1 if run.kind == "segment" else epochs,
+        "val_interval": epochs if run.kind == "pretrain" else 3 if run.name.startswith("weights") and not smoke else 1,
     }
     options["crops_per_scan"] = max(1, round(per_epoch * batch / scans))
     options |= {key: value for key, value in run.options.items() if key not in ("crop_size", "overlay")}
@@ -194,6 +199,17 @@ def keep_encoders(out: Path, todo: list[Run]) -> None:
             file.unlink()
 
 
+def needed_first(run: Run, all_runs: dict[str, Run], out: Path) -> Run:
+    """The run, or the pretraining that it starts from, if that was of an earlier piece and not kept."""
+    return all_runs[run.encoder] if run.encoder and not (out / f"{run.encoder}.pt").is_file() else run
+
+
+def next_run(todo: list[Run], all_runs: dict[str, Run], out: Path, spent: dict[str, float], left: float) -> Run | None:
+    """The first run, or pretraining that one needs, that is expected to end within ``left`` seconds."""
+    candidates = (needed_first(run, all_runs, out) for run in todo)
+    return next((run for run in candidates if spent[run.kind] * run.steps / 1500 <= left), None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -213,11 +229,15 @@ def main() -> None:
     spent = {"pretrain": 240.0, "segment": 60.0}  # seconds of 1,500 steps: guesses at first
 
     def learn(row: dict) -> None:
-        if "error" in row:
+        seconds = row["seconds"] * 1500 / row["steps"]
+        if row.get("timeout"):
+            spent[row["kind"]] = max(spent[row["kind"]], 1.3 * seconds)
+            failures[row["name"]] = failures.get(row["name"], 0) + (row["seconds"] > PIECE)
+        elif "error" in row:
             failures[row["name"]] = failures.get(row["name"], 0) + 1
         else:
             results[row["name"]] = row
-            spent[row["kind"]] = row["seconds"] * 1500 / row["steps"]
+            spent[row["kind"]] = seconds
 
     for row in map(json.loads, lines):
         learn(row)
@@ -226,34 +246,32 @@ def main() -> None:
         sys.exit(f"{data} has {scans} training scans of 110: unpack study.tar into an empty folder.")
     device, done = "cuda" if torch.cuda.is_available() else "cpu", 0
     while True:
-        all_runs = {run.name: run for run in (weights(data) if args.weights else queue(results))}
         hopeless = {name for name, n in failures.items() if n >= TRIES}
+        all_runs = {run.name: run for run in (weights(data) if args.weights else queue(results, hopeless))}
         todo = [run for run in all_runs.values() if not {run.name, run.encoder} & hopeless and run.name not in results]
         if not todo:
             print("no run is left")
             break
         keep_encoders(args.out, todo)
-        run = todo[0]
-        if run.encoder and not (args.out / f"{run.encoder}.pt").is_file():  # of an earlier piece, and not kept
-            run = all_runs[run.encoder]
-        expected = spent[run.kind] * run.steps / 1500
-        if done >= most or (time.monotonic() + expected > end and not args.smoke):
-            print(f"next: {run.name}, about {expected:.0f} s")
+        fits = next_run(todo, all_runs, args.out, spent, 600 if args.smoke else end - time.monotonic())
+        if done >= most or (fits is None and done):
+            print(f"next: {todo[0].name}")
             break
+        run = fits or needed_first(todo[0], all_runs, args.out)
         with tempfile.TemporaryDirectory() as folder:
             out, start = Path(folder) / "run", time.monotonic()
             words = command(run, data, args.out.resolve(), out, args.smoke)
+            left = 600 if args.smoke else max(end - start, 1)
             try:
-                left = max(end - start, 1) if not args.smoke else 600
                 log = subprocess.run(words, cwd=BUNDLE, capture_output=True, text=True, timeout=left)
-            except subprocess.TimeoutExpired:
-                spent[run.kind] *= 2
-                print(f"{run.name} did not end within the {left:.0f} s that were left")
-                break
-            text = log.stdout + log.stderr
+                text, failed = log.stdout + log.stderr, log.returncode
+            except subprocess.TimeoutExpired as error:
+                text, failed = (error.stdout or b"").decode() + (error.stderr or b"").decode(), None
             row = {"seconds": round(time.monotonic() - start, 1), **asdict(run), **facts(device)}
             row["compiled"] = "the training step is compiled" in text
-            if log.returncode:
+            if failed is None:
+                row |= {"timeout": True, "error": f"did not end within the {left:.0f} s that were left"}
+            elif failed:
                 row["error"] = text.strip().splitlines()[-1]
             else:
                 row |= outcome(run, out)

@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.restoration.denoising --data data
 
-The study (``python -m benchmarks.study``) runs this script on other networks, trained for an equal time.
+The study (``python -m benchmarks.study``) runs this script on the networks that it trains.
 
 Scans are the test split of ``heads``; no training has seen their subjects. The script adds noise of 1 to 15 %
 (``--levels``) to the whole scan with :func:`sspformer.transforms.frequency_weighted_noise` and ``alpha=0``, which is

@@ -2,7 +2,7 @@
 
     python -m benchmarks.restoration.super_resolution --data data
 
-The study (``python -m benchmarks.study``) runs this script on other networks, trained for an equal time.
+The study (``python -m benchmarks.study``) runs this script on the networks that it trains.
 
 Scans are those of the test split of ``heads`` without voxel sides above 1.5 mm. Each is acquired again with a half or a
 quarter of its k-space lines, without added noise (:func:`sspformer.kspace.fourier_resample`): along all axes

@@ -31,9 +31,9 @@ from benchmarks.study.runs import Study, matrix, run_all
 
 def main() -> None:
     parser = argument_parser(__doc__, data=True)
-    add_runs(parser, "study", jobs=2)
+    add_runs(parser, "study_8mm", jobs=2)
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: random and scheduled; with --full all")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))

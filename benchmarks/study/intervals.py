@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from benchmarks.study.protocol import COMPARISONS, EVERY, SEEDS
+from benchmarks.study.protocol import COMPARISONS, EVERY, PRIMARY, SEEDS
 
 
 def tables_of(rows: Sequence[dict], score: str) -> dict[str, dict[tuple[int, str], float]]:
@@ -55,7 +55,8 @@ def compare(
     Args:
         rows: a score each, of a run and subject.
         columns: compare the rows that have these in common: task, number of labels.
-        primary: number of primary comparisons, for the corrected interval of the differences; None: there are none.
+        primary: number of primary comparisons, for the corrected interval of the differences in the groups ``PRIMARY``;
+            None: there are none.
         score: the column to compare.
         digits: decimals.
     """
@@ -70,7 +71,8 @@ def compare(
             if first in tables and second in tables:
                 (values, reference), seeds = as_array(tables[first], tables[second])
                 if seeds:
-                    corrected = 1 - 0.05 / primary if is_primary and primary and seeds >= set(SEEDS) else None
+                    asked = is_primary and primary and group in PRIMARY and seeds >= set(SEEDS)
+                    corrected = 1 - 0.05 / primary if asked else None
                     difference = statistics(f"{first} - {second}", values - reference, digits, corrected)
                     summary.append({**here, **difference})
     return summary

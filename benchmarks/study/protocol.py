@@ -57,7 +57,14 @@ COMPARISONS = (
     ("scheduled", "scheduled_clean", False),
     *((peer, "scratch", False) for peer in (*PEERS, "cubic")),
 )
-N_PRIMARY = 8  # two primary ones, on 17 structures with 5 subjects, hippocampus with 10, denoising, super-resolution
+#: where the primary ones are asked
+PRIMARY = (
+    ("brain_structures", 5),
+    ("hippocampus", 10),
+    ("denoising", "mean of all"),
+    ("super_resolution", "mean of all"),
+)
+N_PRIMARY = 2 * len(PRIMARY)
 SEEDS = (0, 1, 2)
 #: segmentation: overlays, crops per step, steps, numbers of labelled subjects in the order of their worth, splits, and
 #: the encoder's patch and the crop of starts that have tokens of 8 mm, where these are not the task's own

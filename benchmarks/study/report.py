@@ -13,6 +13,13 @@ from benchmarks.study.intervals import compare
 from benchmarks.study.runs import Study
 from sspformer.io import format_table
 
+#: columns of a pretraining's history in the report
+ERRORS = {
+    "masked_error": "all hidden patches",
+    "high_frequency_error": "quarter with the highest energy",
+    "ssim": "SSIM",
+}
+
 
 def report(study: Study) -> None:
     """Write the tables and pictures of the published rows, after replacing those of runs that are complete here.
@@ -21,7 +28,7 @@ def report(study: Study) -> None:
     """
     clean, robust = collect(study)
     curves = with_published("study_curves.csv", collect_curves(study))
-    pretrained = with_published("study_pretraining.csv", collect_pretraining(study), ["arm"])
+    pretrained = with_published("study_pretraining.csv", collect_pretraining(study), ["arm", "seed"])
     clean = with_published("study_segmentation.csv", clean)
     restored = with_published("study_restoration.csv", collect_restoration(study))
     robust = with_published("study_robustness.csv", robust)
@@ -30,7 +37,7 @@ def report(study: Study) -> None:
         save_csv(RESULTS / "study_curves.csv", curves)
         plot_curves(curves, protocol.CURVES)
     if pretrained:
-        publish(pretrained, "study_pretraining.csv")
+        save_csv(RESULTS / "study_pretraining.csv", pretrained)
     if clean:
         save_csv(RESULTS / "study_segmentation.csv", clean)
         summaries += publish(compare(clean, ["task", "n_labels"], protocol.N_PRIMARY), "study_segmentation_summary.csv")
@@ -59,21 +66,14 @@ def report(study: Study) -> None:
 
 
 def collect_pretraining(study: Study) -> list[dict]:
-    """Last validation of the complete pretrainings: mean, lowest and highest over the seeds of an arm."""
-    summary = []
+    """Last validation of every complete pretraining."""
+    rows = []
     for arm in protocol.ARMS:
-        seeds = [seed for seed in protocol.SEEDS if study.pretrain(arm, seed).complete()]
-        if not seeds:
-            continue
-        histories = [study.work_dir / "pretrain" / f"{arm}_{seed}" / "history.csv" for seed in seeds]
-        last = [read_csv(history)[-1] for history in histories]
-        line: dict[str, object] = {"arm": arm, "seeds": len(seeds)}
-        for name in ("masked_error", "high_frequency_error", "ssim"):
-            values = [float(row[name]) for row in last]
-            figures = {name: sum(values) / len(values), f"{name}_low": min(values), f"{name}_high": max(values)}
-            line |= {key: round(value, 4) for key, value in figures.items()}
-        summary.append(line)
-    return summary
+        for seed in protocol.SEEDS:
+            if study.pretrain(arm, seed).complete():
+                last = read_csv(study.work_dir / "pretrain" / f"{arm}_{seed}" / "history.csv")[-1]
+                rows.append({"arm": arm, "seed": seed, **{name: round(float(last[name]), 5) for name in ERRORS}})
+    return rows
 
 
 def collect(study: Study) -> tuple[list[dict], list[dict]]:
@@ -218,25 +218,19 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict], curves: Seq
     more = [*others, *(pair for pair in pairs if set(pair.split(" - ")) & set(others))]
     peers = [*protocol.PEERS, "cubic"]
     against = ["scratch", *peers, *(f"{peer} - scratch" for peer in peers)]
-    errors = {
-        "masked_error": "all hidden patches",
-        "high_frequency_error": "quarter with the highest energy",
-        "ssim": "SSIM",
-    }
-    body = [
-        [row["arm"].replace("_", ", "), str(row["seeds"])]
-        + [
-            f"{row[key]:.4f}" + f" [{row[f'{key}_low']:.4f}, {row[f'{key}_high']:.4f}]" * (row["seeds"] > 1)
-            for key in errors
-        ]
-        for row in pretrained
-    ]
+    body = []
+    for arm in protocol.ARMS:
+        if seeds := [row for row in pretrained if row["arm"] == arm]:
+            values = [[row[name] for row in seeds] for name in ERRORS]
+            spread = [f" [{min(v):.4f}, {max(v):.4f}]" if len(v) > 1 else "" for v in values]
+            cells_of_arm = [f"{sum(v) / len(v):.4f}{text}" for v, text in zip(values, spread, strict=True)]
+            body.append([arm.replace("_", ", "), str(len(seeds)), *cells_of_arm])
     return {
         "main": table(groups, main),
         "others": table(groups, more),
         "peers": table(groups, against),
         "robustness": table({group: group[-1] for group in robust}, main),
-        "pretraining": markdown(["arm", "seeds", *errors.values()], body),
+        "pretraining": markdown(["arm", "seeds", *ERRORS.values()], body),
         "curves": speed_table(curves, names),
     }
 
@@ -264,7 +258,7 @@ def gpu_rows(file: Path) -> list[dict]:
     """The fine-tunings in what a GPU brought back; the last line of a run counts."""
     rows = {}
     for run in map(json.loads, file.read_text().splitlines()):
-        if run["kind"] == "segment" and "error" not in run:
+        if run["name"].startswith("segment") and "error" not in run:
             arm, seed, n_labels = run["name"].split("_")[1:4]
             known = {"start": arm, "n_labels": int(n_labels), "seed": int(seed), "steps": run["steps"]}
             settings = {name.split("#")[-1]: value for name, value in run["options"].items() if name != "overlay"}

@@ -301,30 +301,31 @@ def run_all(cells: Sequence[Cell], jobs: int) -> list[str]:
 def matrix(study: Study, args: argparse.Namespace) -> list[list[tuple[str, Cell]]]:
     """The runs in the order of their worth, each with its stage; those of one list need only what is before it.
 
-    First the main arms on each task with the first of its numbers of labels, seed by seed, then the other numbers of
-    labels, from scratch with tokens of 8 mm, the other arms and the peers: these with ``full`` alone.
+    First the main arms on each task with the first of its numbers of labels, seed by seed, then other arms that are
+    asked for. With ``full`` all arms, the other numbers of labels, scratch with tokens of 8 mm, and the peers.
     """
     groups: list[list[tuple[str, Cell]]] = []
 
     def add(arms: Sequence[str], labels: slice, starts: Sequence[str], seed: int, restore: bool) -> None:
         groups.append([("pretrain", study.pretrain(arm, seed)) for arm in arms])
         tasks = [(task, n) for task in args.tasks for n in protocol.TASKS[task]["labels"][labels]]
+        tasks = [(task, n) for task, n in tasks if starts != ["scratch_8mm"] or protocol.TASKS[task]["8 mm"]]
         groups.append([("segment", study.segment(task, n, start, seed)) for task, n in tasks for start in starts])
         if restore:
-            starts = [start for start in starts if start != "scratch_8mm"]
             groups.append([("restore", study.restore(task, s, seed)) for task in protocol.RESTORATION for s in starts])
         for task, n in tasks:
             if (task, n) == protocol.ROBUSTNESS:
                 several = [study.robustness(task, n, s, seed, name) for s in starts for name in protocol.ARTIFACTS]
                 groups.append([("robustness", cell) for cell in several])
 
-    main = [arm for arm in args.arms if arm in protocol.MAIN]
+    arms = args.arms or [arm for arm in protocol.ARMS if args.full or arm in protocol.MAIN]
+    main, others = ([arm for arm in arms if (arm in protocol.MAIN) == wanted] for wanted in (True, False))
     for seed in args.seeds:
         add(main, slice(1), ["scratch", *main], seed, restore=True)
-    if args.full:
-        others = [arm for arm in args.arms if arm not in protocol.MAIN]
-        for seed in args.seeds:
-            add([], slice(1, None), ["scratch", *main], seed, restore=False)
-            add(others, slice(1), ["scratch_8mm", *others], seed, restore=True)
-            add([], slice(None), [peer for peer in args.peers if seed == 0], seed, restore=False)
+    for seed in args.seeds if others else ():
+        add(others, slice(1), others, seed, restore=True)
+    for seed in args.seeds if args.full else ():
+        add([], slice(1, None), ["scratch", *main], seed, restore=False)
+        add([], slice(1), ["scratch_8mm"], seed, restore=False)
+        add([], slice(None), [peer for peer in args.peers if seed == 0], seed, restore=False)
     return groups

@@ -194,3 +194,44 @@ def test_an_exported_network_is_not_compiled(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "sspformer"):
         evaluate(tmp_path, network=scripted, compile=True)
     assert "compile" not in caplog.text
+
+
+def test_a_compiled_network_that_fails_later_runs_as_it_is(tmp_path, caplog):
+    graphs = []
+
+    def broken_later(graph, inputs):
+        if graphs.append(graph) or len(graphs) > 1:
+            raise RuntimeError("not this size")
+        return graph.forward
+
+    torch._dynamo.reset()
+    network = plain_conv()
+    run = {"compile": True, "compile_kwargs": {"backend": broken_later, "dynamic": False}}
+    evaluator = InferenceEvaluator(
+        device="cpu", val_data_loader=[1], network=network, inferer=SlidingWindowInferer(8), **run
+    )
+    images = [torch.rand(1, 1, side, side, side) for side in (8, 9, 8)]
+    with torch.no_grad():
+        for image in images:
+            torch.testing.assert_close(evaluator._window(image), network(image))
+    assert caplog.text.count("from here on the network runs without torch.compile") == 1
+    assert "not this size" in caplog.text and len(graphs) == 2
+
+
+def test_where_many_windows_do_not_fit_one_is_taken_at_a_time(tmp_path, caplog):
+    class Small(Recorded):
+        def forward(self, windows):
+            if len(windows) > 1:
+                self.sizes.append(len(windows))
+                raise torch.OutOfMemoryError("no room for many")
+            return super().forward(windows)
+
+    def small():
+        torch.manual_seed(0)
+        return Small()
+
+    few, report, network = evaluate(tmp_path, windows=4, network=small())
+    one, *_ = evaluate(tmp_path, windows=1, network=small())
+    assert all(torch.equal(few[name], one[name]) for name in NAMES) and network.sizes.count(4) == 1
+    assert [row["status"] for row in report.rows] == ["written"] * 3
+    assert caplog.text.count("no memory for 4 windows at a time") == 1

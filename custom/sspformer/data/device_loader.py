@@ -269,6 +269,7 @@ class DeviceLoader(Randomizable):
             return
         places = [self.residence] if self.residence != "auto" else list(RESIDENCES)
         free = {"device": _free(self.device), "host": _free(torch.device("cpu")), "disk": math.inf}
+        free_on_host = {"device": RESUMED_SHARE * free["host"], "host": math.inf, "disk": math.inf}
         shares = dict.fromkeys(RESIDENCES, MEMORY_SHARE)
         if self._drawn_on == self.device.type != "cpu":
             shares["device"] = RESUMED_SHARE
@@ -281,11 +282,11 @@ class DeviceLoader(Randomizable):
             expected = buffer.nbytes / len(buffer) * len(self.dataset)
             if len(places) > 1 and len(buffer) < min(PROBED, len(self.dataset)):
                 continue  # on the host, until it is known what all of them need
-            while len(places) > 1 and expected > shares[places[0]] * free[places[0]]:
+            # they are read on the host, wherever they lie later
+            while len(places) > 1 and expected > min(shares[places[0]] * free[places[0]], free_on_host[places[0]]):
                 del places[0]
             if places[0] == "disk":
                 break
-            buffer.to(self.device if places[0] == "device" else "cpu")
         # where the process with the least room has them: all must draw the same places
         self.residence = RESIDENCES[int(idist.all_reduce(RESIDENCES.index(places[0]), "MAX"))]
         if self.residence == "disk":

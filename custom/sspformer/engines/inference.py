@@ -267,6 +267,14 @@ class InferenceEvaluator(SupervisedEvaluator):
         aside.state, aside.fire_event = State(device=self.state.device), lambda event: None
         aside.inferer = lambda inputs, network, *args, **kwargs: self.inferer(inputs, self._window, *args, **kwargs)
         try:
+            try:
+                return super()._iteration(aside, batch)
+            except torch.OutOfMemoryError:
+                if getattr(self.inferer, "sw_batch_size", 1) == 1:
+                    raise
+            n, self.inferer.sw_batch_size = self.inferer.sw_batch_size, 1
+            logger.warning(f"the GPU has no memory for {n} windows at a time: from here on it is one")
+            torch.cuda.empty_cache()
             return super()._iteration(aside, batch)
         except Exception as error:  # out of memory, ...
             return {"reason": _reason(error)}
@@ -283,7 +291,16 @@ class InferenceEvaluator(SupervisedEvaluator):
             self._compiled = compiled_or_plain(
                 self.network, lambda network: network(windows, *args, **kwargs), "the network", self.compile_kwargs
             )
-        return self._compiled(windows, *args, **kwargs)[:n]
+        try:
+            return self._compiled(windows, *args, **kwargs)[:n]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of other windows than the first, which it was tried out on
+            if self._compiled is self.network:
+                raise
+            logger.warning(f"from here on the network runs without torch.compile: {_reason(error)}")
+            self._compiled = self.network
+            return self.network(windows, *args, **kwargs)[:n]
 
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> Any:  # MONAI's hook for subclasses
         output, self._output = self._output, None
