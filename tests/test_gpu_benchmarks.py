@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from benchmarks.gpu.check import SMOKED, WORKFLOWS, commands
 from benchmarks.gpu.pack import decode, encode
 from benchmarks.gpu.study import DESIGNS, ENCODERS, Run, command, keep_encoders, next_run, queue, weights
 
@@ -51,6 +52,35 @@ def test_a_pack_runs_blind(tmp_path):
     assert [row["kind"] for row in results] == ["pretrain", "segment"], done.stdout
     assert not any("error" in row for row in results) and 0 <= results[1]["best"] <= 1
     assert (tmp_path / "out/pretrain_random_0.pt").is_file()
+
+
+@pytest.mark.parametrize("what", ["check", "speed"])
+def test_checks_and_timings_run_on_the_cpu(tmp_path, what):
+    path = os.pathsep.join([str(ROOT / "custom"), str(ROOT)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    words = [sys.executable, "-m", f"benchmarks.gpu.{what}", "--out", str(tmp_path), "--smoke"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if what == "check":
+        lines = (tmp_path / "check.txt").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines] == [f"{name}: passed" for name in SMOKED]
+        again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+        assert again.stdout == ""  # what has passed is not run again
+    else:
+        rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+        assert {row["what"] for row in rows} == {
+            *("facts", "ceiling", "pretrain", "prepare", "segment", "loader", "inference", "done"),
+        }
+
+
+def test_every_check_is_a_command_of_the_bundle(tmp_path):
+    for name in WORKFLOWS:
+        *_, run = commands(name, tmp_path / "scans", tmp_path, tmp_path / "out")
+        configs = run[run.index("--config_file") + 1].strip("[]").replace("'", "").split(", ")
+        assert all((ROOT / "bundle" / config).is_file() for config in configs)
+        assert ("--pretrained" in run) == ("configs/train.json" in configs)
+    export, run = commands("inference of TensorRT", tmp_path / "scans", tmp_path, tmp_path / "out")
+    assert export[export.index("--filepath") + 1] == run[run.index("--weights") + 1] == f"{tmp_path}/model_trt.ts"
 
 
 def test_the_recipe_chooses_the_rates_of_the_arms_and_few_encoders_are_kept(tmp_path):

@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu/run.sh OUT MINUTES [check|speed|study|weights ...]
 #
-#   check  the tests that need a GPU; one epoch of each workflow through monai.bundle run
+#   check  the tests that need a GPU; one epoch of each workflow through monai.bundle run; exports
 #   speed  the tables of a step, the loader and inference (benchmarks/gpu/speed.py)
 #   study  the runs of the study in the order of their worth (benchmarks/gpu/study.py)
 #   weights  trains what is to ship, into an OUT of its own
