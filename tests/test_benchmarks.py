@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -311,3 +312,11 @@ def test_the_whole_network_is_pretrained_from_visible_patches_alone(tmp_path):
         SSPFormerDense(SSPFormerEncoder(dim=32, depth=3, num_heads=2, patch_size=4), 5), tmp_path / "encoder.pt"
     )
     assert torch.equal(tuned.stem[0].conv.weight, network.encoder.stem[0].conv.weight)
+
+
+def test_runs_that_start_at_once_write_one_datalist(tmp_path):
+    texts = [f"{n}" * 100_000 for n in range(2)]
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda n: runs.keep(tmp_path / "list.json", texts[n % 2]), range(64)))
+    assert set(written) == {tmp_path / "list.json"} and written[0].read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["list.json"]

@@ -21,6 +21,9 @@ from benchmarks.study import protocol
 from sspformer.io import write_atomically
 
 
+KEEPING = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Cell:
     """A run of the matrix: its name, whether it is complete, and what does it."""
@@ -250,8 +253,9 @@ def network_of(task: str, start: str) -> dict[str, object]:
 
 def keep(path: Path, text: str) -> Path:
     """Write a text file that other runs may read or write at the same time."""
-    if not path.is_file() or path.read_text() != text:
-        write_atomically(path, text)
+    with KEEPING:
+        if not path.is_file() or path.read_text() != text:
+            write_atomically(path, text)
     return path
 
 
