@@ -20,7 +20,6 @@ from benchmarks.restoration.evaluation import training_scans
 from benchmarks.study import protocol
 from sspformer.io import write_atomically
 
-
 KEEPING = threading.Lock()
 
 
