@@ -32,11 +32,14 @@ def crops(total: int) -> str:
 
 # suited to some ten minutes on two CPU cores, from a dozen scans or a hundred; options on the command line win
 PRETRAINING = {
-    **{"epochs": 16, "val_interval": 4, "learning_rate": 0.001, "crop_size": [64, 64, 64]},
+    **{"epochs": 12, "val_interval": 4, "learning_rate": 0.001, "crop_size": [64, 64, 64]},
     "crops_per_scan": crops(96),
 }
 FINE_TUNING = {
-    "segmentation": {"epochs": 8, "val_interval": 8, "validate#max_scans": 2, "crops_per_scan": crops(48)},
+    "segmentation": {
+        **{"epochs": 20, "val_interval": 20, "validate#max_scans": 2},
+        **{"crop_size": [48, 48, 48], "crops_per_scan": crops(48)},
+    },
     "denoising": {"epochs": 3, "val_interval": 3, "validate#max_scans": 2, "crops_per_scan": crops(240)},
 }
 OVERLAYS = {"segmentation": [], "denoising": ["restoration", "denoising"]}
