@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.common import RESULTS, read_csv, save_csv, save_figure
@@ -76,44 +76,42 @@ def collect_pretraining(study: Study) -> list[dict]:
     return rows
 
 
+def segmentations(study: Study) -> Iterator[tuple[dict, Path]]:
+    """Every fine-tuning that was begun: what the name of its folder says, and the folder."""
+    for task in protocol.TASKS:
+        for run in sorted((study.work_dir / f"{task}_{protocol.TASKS[task]['steps']}").glob("*_*")):
+            n_labels, rest = run.name.split("_", 1)
+            start, seed = rest.rsplit("_", 1)
+            yield {"task": task, "n_labels": int(n_labels), "start": start, "seed": int(seed)}, run
+
+
 def collect(study: Study) -> tuple[list[dict], list[dict]]:
     """Mean Dice of every test subject in the complete runs, on scans as they are and on those with artifacts."""
     clean, robust = [], []
-    for task in protocol.TASKS:
-        for run in sorted((study.work_dir / f"{task}_{protocol.TASKS[task]['steps']}").glob("*_*")):
-            for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
-                artifact = evaluation.parent.name.removeprefix("evaluation").removeprefix("_")
-                rows = [
-                    {**run_of(task, run), "subject": row["name"], "dice": float(row["dice"])}
-                    for row in read_csv(evaluation)
-                    if row["structure"] == "mean"
-                ]
-                if artifact:
-                    robust += [{"artifact": artifact, **row} for row in rows]
-                else:
-                    clean += rows
+    for here, run in segmentations(study):
+        for evaluation in sorted(run.glob("evaluation*/metrics.csv")):
+            artifact = evaluation.parent.name.removeprefix("evaluation").removeprefix("_")
+            rows = [
+                {**here, "subject": row["name"], "dice": float(row["dice"])}
+                for row in read_csv(evaluation)
+                if row["structure"] == "mean"
+            ]
+            if artifact:
+                robust += [{"artifact": artifact, **row} for row in rows]
+            else:
+                clean += rows
     return clean, robust
 
 
 def collect_curves(study: Study) -> list[dict]:
     """Dice of the validation subjects by step, of every complete run."""
-    lines = []
-    for task in protocol.TASKS:
-        for run in sorted((study.work_dir / f"{task}_{protocol.TASKS[task]['steps']}").glob("*_*")):
-            if (run / "evaluation" / "metrics.csv").is_file():
-                here = run_of(task, run)
-                rows = [row for row in read_csv(run / "history.csv") if row["dice"]]
-                lines += [
-                    {**here, "step": int(float(row["iteration"])), "dice": round(float(row["dice"]), 4)} for row in rows
-                ]
-    return lines
-
-
-def run_of(task: str, folder: Path) -> dict:
-    """What the name of a run's folder says."""
-    n_labels, rest = folder.name.split("_", 1)
-    start, seed = rest.rsplit("_", 1)
-    return {"task": task, "n_labels": int(n_labels), "start": start, "seed": int(seed)}
+    return [
+        {**here, "step": int(float(row["iteration"])), "dice": round(float(row["dice"]), 4)}
+        for here, run in segmentations(study)
+        if (run / "evaluation" / "metrics.csv").is_file()
+        for row in read_csv(run / "history.csv")
+        if row["dice"]
+    ]
 
 
 def collect_restoration(study: Study) -> list[dict]:
@@ -271,27 +269,23 @@ def gpu_rows(file: Path) -> list[dict]:
 def gpu_table(rows: Sequence[dict]) -> str:
     """Best Dice of the validation on a GPU: mean, lowest and highest seed, and the mean lead over scratch's seeds."""
     groups: dict[tuple, dict[int, dict]] = {}
+    scratch: dict[tuple, float] = {}  # the best of its networks and rates
     for row in rows:
         groups.setdefault((row["n_labels"], row["steps"], row["start"], row["settings"]), {})[row["seed"]] = row
+        if row["start"].startswith("scratch"):
+            key = (row["n_labels"], row["steps"], row["seed"])
+            scratch[key] = max(row["best"], scratch.get(key, 0.0))
     body = []
     for (n_labels, steps, start, _), seeds in sorted(groups.items(), key=lambda item: item[0][:2]):
         best = {seed: row["best"] for seed, row in seeds.items()}
         mean = sum(best.values()) / len(best)
         spread = f" [{min(best.values()):.3f}, {max(best.values()):.3f}]" if len(best) > 1 else ""
-        scratch = [
-            {seed: row["best"] for seed, row in others.items()}
-            for (n, other_steps, name, _), others in groups.items()
-            if name.startswith("scratch") and (n, other_steps) == (n_labels, steps)
-        ]
-        leads = []
-        if not start.startswith("scratch"):
-            for seed in best:
-                if at_best := [other[seed] for other in scratch if seed in other]:
-                    leads.append(best[seed] - max(at_best))
+        paired = [seed for seed in best if (n_labels, steps, seed) in scratch and not start.startswith("scratch")]
+        leads = [best[seed] - scratch[n_labels, steps, seed] for seed in paired]
         lead = f"{sum(leads) / len(leads):+.3f}" if leads else ""
         rate = f"{next(iter(seeds.values()))['learning_rate']:g}"
-        half = ", ".join(str(int(row["to_95"])) for _, row in sorted(seeds.items()))
-        body.append([str(n_labels), str(steps), start, rate, str(len(best)), f"{mean:.3f}{spread}", lead, half])
+        soon = ", ".join(str(int(row["to_95"])) for _, row in sorted(seeds.items()))
+        body.append([str(n_labels), str(steps), start, rate, str(len(best)), f"{mean:.3f}{spread}", lead, soon])
     header = ["labelled", "steps", "start", "rate", "seeds", "best Dice", "over the best scratch", "steps to 95 %"]
     return markdown(header, body)
 
