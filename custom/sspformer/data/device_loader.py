@@ -81,7 +81,9 @@ class ScanBuffer:
             self._flat[key] = self._with_room(self._flat.get(key, scan.new_empty(0)), end, scan.dtype)
             self._flat[key][self.n_voxels : end] = scan.flatten()
         affine = torch.as_tensor(first.affine, dtype=torch.float32).cpu()
-        numbers = {name: item[name] for name in (self.numbers if len(self) else item) if _is_number(item.get(name))}
+        numbers = {
+            name: item[name] for name in (self.numbers if len(self) else item) if isinstance(item.get(name), Real)
+        }
         self.numbers = {name: self._longer(self.numbers.get(name), value) for name, value in numbers.items()}
         self.offset = self._longer(self.offset, self.n_voxels)
         self.shape = self._longer(self.shape, first.shape[1:])
@@ -350,10 +352,6 @@ class DeviceLoader(Randomizable):
             buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys)
         batch = self.draw(buffer, index, *generators)
         return {n: v.pin_memory() for n, v in batch.items()} if self.device.type == "cuda" else batch
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real)
 
 
 def _unchanged(item: Any) -> Any:
