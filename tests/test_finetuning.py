@@ -319,7 +319,7 @@ def test_learning_rates_fall_towards_the_first_layer():
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(settings) == len(list(network.parameters()))
     found = {name: settings[id(p)] for name, p in network.named_parameters()}
-    assert found["head.weight"] == (1, 0.1) and found["head.bias"] == (1, 0)
+    assert found["head.weight"] == (10, 0.1) and found["head.bias"] == (10, 0)
     assert found["encoder.norm.weight"] == (0.5, 0) and found["encoder.blocks.1.attention.q.weight"] == (0.5, 0.1)
     assert found["encoder.blocks.0.attention.q.weight"] == (0.25, 0.1)
     assert found["encoder.patch_embedding.weight"] == (0.125, 0.1)

@@ -352,6 +352,10 @@ SCHEMA: dict[str, Option] = {
                 _number("(0, 1]"),
                 "the learning rate of each encoder block is that of the next one times this; 1 from scratch",
             ),
+            "optimizer#params#head_factor": (
+                either(NULL, _number("(0, inf)")),
+                "learning rate of the last layer over that of the decoder; `null`: 10 in segmentation, 1 elsewhere",
+            ),
             "freeze_epochs": (
                 integer("[0, inf)"),
                 "epochs in which the decoder alone learns; as many as `epochs`: the encoder stays as pretrained",

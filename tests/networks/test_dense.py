@@ -112,7 +112,7 @@ def test_a_wrong_construction_is_refused_in_one_sentence():
 
 def test_learning_rates_fall_towards_the_first_layers():
     network = toy()
-    groups = layer_decay_groups(network, 1.0, 0.5, weight_decay=0.1)
+    groups = layer_decay_groups(network, 1.0, 0.5, weight_decay=0.1, head_factor=1.0)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert len(rates) == len(list(network.parameters()))
     assert rates[id(network.head.weight)] == 1.0
@@ -121,9 +121,21 @@ def test_learning_rates_fall_towards_the_first_layers():
     assert rates[id(network.encoder.patch_embedding.weight)] == 0.125
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decays[id(network.head.weight)] == 0.1 and decays[id(network.head.bias)] == 0.0
-    assert len({group["lr"] for group in layer_decay_groups(network, 1.0, 1.0)}) == 1
+    assert len({group["lr"] for group in layer_decay_groups(network, 1.0, head_factor=1.0)}) == 1
     with pytest.raises(ValueError, match="layer_decay must be in"):
         layer_decay_groups(network, 1.0, 1.5)
+
+
+def test_the_head_may_learn_faster():
+    network = toy()
+    groups = layer_decay_groups(network, 1.0, 0.5, weight_decay=0.1)  # as the network says
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert settings[id(network.head.weight)] == (10.0, 0.1) and settings[id(network.head.bias)] == (10.0, 0.0)
+    found = {name: settings[id(p)][0] for name, p in network.named_parameters() if not name.startswith("head")}
+    assert max(found.values()) == 1.0 and found["encoder.norm.weight"] == 0.5
+    assert groups[0]["lr"] == 1.0  # what history.csv reports
+    with pytest.raises(ValueError, match="head_factor must be above 0, got 0"):
+        layer_decay_groups(network, 1.0, head_factor=0)
 
 
 @pytest.mark.parametrize("value, null", [(None, True), ("null", True), ("None", True), ("encoder.pt", False)])

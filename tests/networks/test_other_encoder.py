@@ -133,7 +133,7 @@ def test_learning_rates_fall_by_its_blocks_and_it_can_be_frozen():
     rates = {id(p): group["lr"] for group in layer_decay_groups(network, 1.0, 0.5) for p in group["params"]}
     assert len(rates) == len(list(network.parameters()))
     encoder = network.encoder
-    for part, rate in ((network.head, 1), (encoder.norm, 0.5), (encoder.blocks[1], 0.5), (encoder.blocks[0], 0.25)):
+    for part, rate in ((network.head, 10), (encoder.norm, 0.5), (encoder.blocks[1], 0.5), (encoder.blocks[0], 0.25)):
         assert {rates[id(parameter)] for parameter in part.parameters()} == {rate}
     assert {rates[id(parameter)] for parameter in encoder.patches.parameters()} == {0.125}
 

@@ -27,7 +27,7 @@ class History:
     Args:
         output_dir: where the files go.
         evaluator: its metrics join the row of an epoch in which it ran.
-        optimizer: its highest learning rate joins the row.
+        optimizer: the learning rate of its first parameters, those of a decoder, joins the row.
         attributes: name to function without arguments, for more columns (such as beta).
         summary_writer: TensorBoard writer that gets the columns as scalars too, or None.
     """
@@ -44,7 +44,7 @@ class History:
         self.evaluator = evaluator
         self.attributes: dict[str, Any] = {}
         if optimizer is not None:
-            self.attributes["learning_rate"] = lambda: max(group["lr"] for group in optimizer.param_groups)
+            self.attributes["learning_rate"] = lambda: optimizer.param_groups[0]["lr"]
         self.attributes.update(attributes or {})
         self.writer = summary_writer
         self.rows: list[dict[str, float]] = []

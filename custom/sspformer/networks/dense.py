@@ -20,9 +20,16 @@ class SSPFormerDense(DenseNetwork):
         encoder, features, depths: see :class:`sspformer.networks.decoder.DenseNetwork`.
         out_channels: classes, background included.
 
+    Attributes:
+        head_factor: learning rate of the head over that of the decoder. AdamW moves a weight by about the learning rate
+            in a step, whatever its gradient. At the rate of the decoder, the logits of few normalised features stay
+            small for hundreds of steps, and all layers wait for them (docs/study.md).
+
     Raises:
         ValueError: if a side of the patch is no power of 2, or a depth is not in the encoder.
     """
+
+    head_factor = 10.0
 
     def __init__(
         self, encoder: Encoder, out_channels: int = 2, features: int = 16, depths: Sequence[int] | None = None
