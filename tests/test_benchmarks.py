@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import RESULTS, read_csv, save_csv
 from benchmarks.restoration import super_resolution
-from benchmarks.study import intervals, protocol, report, runs
+from benchmarks.study import intervals, protocol, report, runs, tournament
 from benchmarks.study.whole_network import MaskedDense
 from sspformer.engines import EvaluationReport
 from sspformer.kspace import fourier_resample
@@ -184,6 +184,36 @@ def test_a_start_has_its_own_network_and_recipe(tmp_path, monkeypatch, start):
         assert options.get("--crop_size") == ("[48, 48, 48]" if fine else None)
     assert train.get("--layer_decay") == {"random": "0.65", "segresnet": None}.get(start, "1.0")
     assert int(train["--epochs"]) == (160 if start == "segresnet" else 40)  # of 50 steps
+
+
+@pytest.mark.parametrize("name", tournament.CONTENDERS)
+def test_a_contender_is_fine_tuned_as_it_was_pretrained(tmp_path, monkeypatch, name):
+    (tmp_path / "manifest.csv").write_text("file,split\n")
+    of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
+    calls: dict[str, tuple] = {}
+
+    def bundle(_, config, overlays, options, output):
+        calls[config] = {**dict(zip(options[::2], options[1::2], strict=True)), "output": output}
+        assert all(file.is_file() for file in overlays)
+        output.mkdir(parents=True)
+        (output / "history.csv").write_text("epoch,iteration,dice\n5,250,0.31\n6,300,\n")
+        (output / "seconds.csv").write_text("training,60\ntraining,40\n")
+
+    monkeypatch.setattr(of, "bundle", bundle)
+    start, _ = tournament.CONTENDERS[name]
+    if start:
+        tournament.pretraining(of, start, 1).run()
+        weights = calls["pretrain"]["output"] / "models/pretrained/encoder.pt"
+    cell = tournament.fine_tuning(of, name, 1)
+    assert not cell.complete()
+    cell.run()
+    train = calls["train"]
+    assert (train["--epochs"], train["--seed"], train["--data_options#max_subjects"]) == ("20", "1", "5")
+    assert train["--pretrained"] == (str(weights) if start else "null")
+    if start:
+        assert train.get("--encoder#patch_size", "8") == calls["pretrain"]["--encoder#patch_size"]
+        assert train.get("--crop_size", "[64, 64, 64]") == calls["pretrain"]["--crop_size"]
+    assert tournament.rows(of, [1]) == [{"contender": name, "seed": 1, "steps": 250, "dice": 0.31, "seconds": 100}]
 
 
 def test_how_soon_a_run_is_as_good_as_scratch():
