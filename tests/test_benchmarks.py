@@ -216,6 +216,20 @@ def test_a_contender_is_fine_tuned_as_it_was_pretrained(tmp_path, monkeypatch, n
     assert tournament.rows(of, [1]) == [{"contender": name, "seed": 1, "steps": 250, "dice": 0.31, "seconds": 100}]
 
 
+def test_the_table_of_the_tournament():
+    rows = [
+        {"contender": name, "seed": seed, "steps": steps, "dice": dice, "seconds": 1.0}
+        for name, seed, steps, dice in (("scratch", 0, 250, 0.2), ("scratch", 0, 500, 0.4), ("whole", 0, 250, 0.3))
+    ]
+    rows += [{**row, "seed": 1, "dice": row["dice"] + 0.1} for row in rows if row["contender"] == "scratch"]
+    assert report.tournament_table(rows).splitlines() == [
+        "| contender | seeds | 250 steps | 500 steps |",
+        "| --- | --- | --- | --- |",
+        "| scratch | 2 | 0.250 [0.200, 0.300] | 0.450 [0.400, 0.500] |",
+        "| whole | 1 | 0.300 |  |",
+    ]
+
+
 def test_how_soon_a_run_is_as_good_as_scratch():
     def curve(start, seed, *dice):
         run = {"task": "hippocampus", "n_labels": 10, "start": start, "seed": seed}
@@ -276,7 +290,7 @@ def test_the_page_of_the_study_shows_what_the_results_say():
     summary = [row for file in files for row in report.read_results(file.name)]
     others = (report.read_results(f"study_{name}.csv") for name in ("pretraining", "curves"))
     page = protocol.PAGE.read_text()
-    tables = report.page_tables(summary, *others) | {"gpu": report.gpu_table(report.read_results("study_gpu.csv"))}
+    tables = report.page_tables(summary, *others) | report.other_tables()
     assert page == report.with_tables(page, tables)
 
 

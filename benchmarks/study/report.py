@@ -60,7 +60,7 @@ def report(study: Study) -> None:
         every = mean_over(losses, "artifact", "dice", {protocol.ROBUSTNESS[0]: len(protocol.ARTIFACTS)})
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         summaries += publish(summary, "study_robustness_summary.csv")
-    tables = page_tables(summaries, pretrained, curves) | {"gpu": gpu_table(read_results("study_gpu.csv"))}
+    tables = page_tables(summaries, pretrained, curves) | other_tables()
     protocol.PAGE.write_text(with_tables(protocol.PAGE.read_text(), tables))
     print(f"tables written to {protocol.PAGE}")
 
@@ -136,7 +136,7 @@ def collect_restoration(study: Study) -> list[dict]:
 
 def read_results(name: str) -> list[dict]:
     """The rows of a CSV file in the results, without empty cells; none if there is no such file."""
-    texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed", "settings", "gpu"}
+    texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed", "settings", "gpu", "contender"}
     kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds", "step", "steps"), int)}
     return [{k: kinds.get(k, float)(v) for k, v in row.items() if v} for row in read_csv(RESULTS / name)]
 
@@ -231,6 +231,29 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict], curves: Seq
         "pretraining": markdown(["arm", "seeds", *ERRORS.values()], body),
         "curves": speed_table(curves, names),
     }
+
+
+def other_tables() -> dict[str, str]:
+    """The tables of what other scripts than the study published: the tournament of designs, and the GPU."""
+    return {
+        "tournament": tournament_table(read_results("study_tournament.csv")),
+        "gpu": gpu_table(read_results("study_gpu.csv")),
+    }
+
+
+def tournament_table(rows: Sequence[dict]) -> str:
+    """Dice of the contenders by step; of several seeds the mean, the lowest and the highest."""
+    steps = sorted({row["steps"] for row in rows})
+    body = []
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        of_name = [row for row in rows if row["contender"] == name]
+        line = [name, str(len({row["seed"] for row in of_name}))]
+        for step in steps:
+            dice = [row["dice"] for row in of_name if row["steps"] == step]
+            spread = f" [{min(dice):.3f}, {max(dice):.3f}]" if len(dice) > 1 else ""
+            line.append(f"{sum(dice) / len(dice):.3f}{spread}" if dice else "")
+        body.append(line)
+    return markdown(["contender", "seeds", *(f"{step} steps" for step in steps)], body)
 
 
 def speed_table(curves: Sequence[dict], names: Mapping[str, str]) -> str:
