@@ -18,6 +18,8 @@ from benchmarks.study.runs import Study, as_options
 
 MODELS_DIR = ROOT / "bundle" / "models"
 ENCODER = MODELS_DIR / "pretrained" / "encoder.pt"
+#: the head of what ships learnt at the rate of the decoder
+SLOW_HEAD = {"optimizer#params#head_factor": 1}
 #: options of both stages of the hippocampus
 HIPPOCAMPUS = {
     "epochs": 60,
@@ -26,6 +28,7 @@ HIPPOCAMPUS = {
     "val_interval": 10,
     "layer_decay": 0.75,
     "validate#max_scans": 52,
+    **SLOW_HEAD,
 }
 #: model: workflow, overlays, and options of each stage, which starts from the weights of the one before
 MODELS = {
@@ -38,7 +41,7 @@ MODELS = {
         "train",
         [],
         [
-            {"epochs": 30, "crops_per_scan": 2, "val_interval": 5},
+            {"epochs": 30, "crops_per_scan": 2, "val_interval": 5, **SLOW_HEAD},
             {"epochs": 18, "crops_per_scan": 2, "val_interval": 6},
             {"epochs": 15, "crops_per_scan": 2, "val_interval": 5, "layer_decay": 0.75, "learning_rate": 0.001},
         ],

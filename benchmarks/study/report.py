@@ -136,7 +136,18 @@ def collect_restoration(study: Study) -> list[dict]:
 
 def read_results(name: str) -> list[dict]:
     """The rows of a CSV file in the results, without empty cells; none if there is no such file."""
-    texts = {"task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed", "settings", "gpu", "contender"}
+    texts = {
+        "task",
+        "start",
+        "subject",
+        "degradation",
+        "artifact",
+        "arm",
+        "of_each_seed",
+        "settings",
+        "gpu",
+        "contender",
+    }
     kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds", "step", "steps"), int)}
     return [{k: kinds.get(k, float)(v) for k, v in row.items() if v} for row in read_csv(RESULTS / name)]
 

@@ -111,12 +111,7 @@ class Study:
             fixed = {"dataset_dir": lists, "cache_dir": self.work_dir / "cache", "seed": seed, **protocol.PRETRAIN}
             self.bundle("training", "pretrain", [], [*as_options(fixed), *protocol.ARMS[arm]], output)
 
-        def complete() -> bool:  # a run writes its last encoder after the last row of its history
-            history, encoder = output / "history.csv", output / "models" / "pretrained" / "encoder.pt"
-            written = encoder.is_file() and encoder.stat().st_mtime >= history.stat().st_mtime
-            return epochs_done(output) >= protocol.EPOCHS and written
-
-        return Cell(f"pretrain {arm} {seed}", complete, run)
+        return Cell(f"pretrain {arm} {seed}", lambda: pretrained(output, protocol.EPOCHS), run)
 
     def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
         """Fine-tuning from an arm's encoder or from scratch, or a peer's training; then Dice of test subjects."""
@@ -273,6 +268,13 @@ def schedule(task: str, n_labels: int, steps: int) -> tuple[int, int]:
 def epochs_done(output: Path) -> int:
     """Epochs in the history of a run."""
     return max((int(float(row["epoch"])) for row in read_csv(output / "history.csv")), default=0)
+
+
+def pretrained(output: Path, epochs: int) -> bool:
+    """Whether a pretraining is complete: it writes its last encoder after the last row of its history."""
+    history, encoder = output / "history.csv", output / "models" / "pretrained" / "encoder.pt"
+    written = encoder.is_file() and encoder.stat().st_mtime >= history.stat().st_mtime
+    return written and epochs_done(output) >= epochs
 
 
 def run_all(cells: Sequence[Cell], jobs: int) -> list[str]:

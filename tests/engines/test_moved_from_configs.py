@@ -113,7 +113,7 @@ def test_the_rate_rises_and_falls():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-6)
 
 
-def test_history_has_the_highest_rate(tmp_path):
+def test_history_has_the_rate_of_the_first_group(tmp_path):
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.3}])
     engine = Engine(lambda engine, batch: {"loss": torch.tensor(1.0)})
@@ -122,7 +122,7 @@ def test_history_has_the_highest_rate(tmp_path):
     with (tmp_path / "history.csv").open() as file:
         assert next(csv.DictReader(file)) == {
             **{"epoch": "1", "iteration": "1", "train_loss": "1.0"},
-            **{"learning_rate": "0.3", "beta": "0.5"},
+            **{"learning_rate": "0.1", "beta": "0.5"},
         }
 
 

@@ -8,7 +8,7 @@ from monai.losses import DiceCELoss
 
 from sspformer.engines import layer_decay_groups
 from sspformer.intensity import noise_level
-from sspformer.networks import SSPFormerDense, SSPFormerEncoder, SSPFormerRestorer
+from sspformer.networks import SSPFormerDense, SSPFormerEncoder, SSPFormerRestorer, load_pretrained
 from sspformer.networks.decoder import halvings
 from sspformer.networks.layers import fold, unfold
 from sspformer.networks.restorer import finest_detail
@@ -136,6 +136,15 @@ def test_the_head_may_learn_faster():
     assert groups[0]["lr"] == 1.0  # what history.csv reports
     with pytest.raises(ValueError, match="head_factor must be above 0, got 0"):
         layer_decay_groups(network, 1.0, head_factor=0)
+    del network.head
+    with pytest.raises(ValueError, match="head_factor 10.0 is of a head, which SSPFormerDense lacks"):
+        layer_decay_groups(network, 1.0)
+
+
+def test_a_head_that_is_loaded_learns_as_the_decoder(tmp_path):
+    torch.save(toy().state_dict(), tmp_path / "model.pt")
+    assert load_pretrained(toy(), tmp_path / "model.pt").head_factor == 1.0
+    assert load_pretrained(toy(out_channels=5), tmp_path / "model.pt").head_factor == 10.0
 
 
 @pytest.mark.parametrize("value, null", [(None, True), ("null", True), ("None", True), ("encoder.pt", False)])

@@ -27,7 +27,7 @@ class History:
     Args:
         output_dir: where the files go.
         evaluator: its metrics join the row of an epoch in which it ran.
-        optimizer: the learning rate of its first parameters, those of a decoder, joins the row.
+        optimizer: the learning rate of its first group, of :func:`layer_decay_groups` the decoder, joins the row.
         attributes: name to function without arguments, for more columns (such as beta).
         summary_writer: TensorBoard writer that gets the columns as scalars too, or None.
     """

@@ -61,6 +61,8 @@ def layer_decay_groups(
     factor = getattr(network, "head_factor", 1.0) if head_factor is None else head_factor
     if not factor > 0:
         raise ValueError(f"head_factor must be above 0, got {factor}; 1 lets the head learn as the decoder.")
+    if factor != 1 and not hasattr(network, "head"):
+        raise ValueError(f"head_factor {factor} is of a head, which {type(network).__name__} lacks: leave it out.")
     encoder = network.encoder
     layers = [encoder, *encoder.blocks, encoder.norm]  # a parameter is of the last one that has it
     distances = [*range(len(encoder.blocks) + 1, 0, -1), 1]  # from the decoder

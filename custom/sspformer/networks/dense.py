@@ -21,9 +21,9 @@ class SSPFormerDense(DenseNetwork):
         out_channels: classes, background included.
 
     Attributes:
-        head_factor: learning rate of the head over that of the decoder. AdamW moves a weight by about the learning rate
-            in a step, whatever its gradient. At the rate of the decoder, the logits of few normalised features stay
-            small for hundreds of steps, and all layers wait for them (docs/study.md).
+        head_factor: learning rate of the head over that of the decoder, for a head that starts from random weights.
+            AdamW moves a weight by about the learning rate in a step, whatever its gradient, and the head has few
+            features, which are normalised: at the rate of the decoder its logits grow for hundreds of steps.
 
     Raises:
         ValueError: if a side of the patch is no power of 2, or a depth is not in the encoder.

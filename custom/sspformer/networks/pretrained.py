@@ -142,7 +142,8 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
     The whole encoder is loaded, or the call raises and changes nothing. Decoder and head are loaded where the file has
     tensors of the same name and shape (a model of another task), and stay as initialised elsewhere. The image size
     never matters to :class:`SSPFormerEncoder`, whose positions are rotary, and another patch size or number of channels
-    is resized, see :func:`resize_patch_embedding`.
+    is resized, see :func:`resize_patch_embedding`. A head that is loaded needs no higher learning rate: its
+    ``head_factor`` becomes 1.
 
     Args:
         network: an encoder (:class:`Encoder`), or a network with one as ``.encoder``; changed in place.
@@ -205,6 +206,8 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
     _check_numbers(loaded, own, path)
     for name, value in loaded.items():
         own[name].copy_(value)  # and converts half precision
+    if any(name.startswith("head.") for name in loaded) and hasattr(network, "head_factor"):
+        network.head_factor = 1.0  # the head has learnt already
     rows += [(name, value, "not loaded", "stays as initialised") for name, value in own.items() if name not in loaded]
     logger.info(f"pretrained weights: all {len(wanted)} tensors of the encoder, from {path}\n{table(rows)}")
     return network
