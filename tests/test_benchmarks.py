@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks.common import RESULTS, read_csv, save_csv
 from benchmarks.restoration import super_resolution
-from benchmarks.study import intervals, protocol, report, runs, tournament
+from benchmarks.study import intervals, protocol, report, runs
 from benchmarks.study.whole_network import MaskedDense
 from sspformer.engines import EvaluationReport
 from sspformer.kspace import fourier_resample
@@ -90,14 +91,15 @@ def test_no_run_starts_from_an_encoder_that_is_still_learning(tmp_path):
     of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
     run = tmp_path / "work" / "pretrain" / "random_1"
     run.mkdir(parents=True)
-    (run / "history.csv").write_text(f"epoch\n{protocol.EPOCHS - 1}\n")
+    epochs = protocol.PRETRAININGS["random"][1]["epochs"]
+    (run / "history.csv").write_text(f"epoch\n{epochs - 1}\n")
     with pytest.raises(RuntimeError, match="random 1 is not complete"):
         of.encoder("random", 1)
     encoder = run / "models" / "pretrained" / "encoder.pt"
     encoder.parent.mkdir(parents=True)
     encoder.write_bytes(b"of the epoch before")
     os.utime(encoder, (1, 1))
-    (run / "history.csv").write_text(f"epoch\n{protocol.EPOCHS}\n")
+    (run / "history.csv").write_text(f"epoch\n{epochs}\n")
     with pytest.raises(RuntimeError, match="random 1 is not complete"):  # killed before it wrote the last encoder
         of.encoder("random", 1)
     encoder.write_bytes(b"of the last epoch")
@@ -163,73 +165,77 @@ def test_the_runs_come_in_the_order_of_their_worth(tmp_path):
     flat = [name for group in names for name in group]
     assert len(set(flat)) == len(flat) and not any(cell.complete() for group in full for _, cell in group)
     for name in flat:  # an encoder is there before it is used
-        if name.startswith(("segment", "restore")) and name.split()[-2] in protocol.ARMS:
-            assert flat.index(f"pretrain {name.split()[-2]} {name.split()[-1]}") < flat.index(name)
+        start, seed = name.split()[-2:]
+        if name.startswith(("segment", "restore", "design")) and (needed := protocol.STARTS.get(start, [None])[0]):
+            assert flat.index(f"pretrain {needed} {seed}") < flat.index(name)
+    assert [name for name in flat if name.startswith("design")] == [
+        f"design brain_structures 5 {start} 0" for start in protocol.DESIGN if start not in protocol.MAIN
+    ]
     peers = [name for name in flat if name.startswith("segment") and "segresnet" in name]
     assert len(peers) == sum(len(task["labels"]) for task in protocol.TASKS.values())
 
 
-@pytest.mark.parametrize("start", ["scratch", "scratch_8mm", "random", "segresnet"])
-def test_a_start_has_its_own_network_and_recipe(tmp_path, monkeypatch, start):
+@pytest.mark.parametrize("start", [*protocol.STARTS, "segresnet"])
+def test_a_start_is_fine_tuned_as_it_was_pretrained(tmp_path, monkeypatch, start):
     (tmp_path / "manifest.csv").write_text("file,split\n")
     of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
-    started: dict[str, list] = {}
-    monkeypatch.setattr(of, "bundle", lambda run_id, config, files, options, output: started.update({run_id: options}))
-    monkeypatch.setattr(of, "encoder", lambda arm, seed: "null")
-    of.segment("brain_structures", 5, start, 0).run()
-    train, test = (dict(zip(o[::2], o[1::2], strict=True)) for o in (started["training"], started["evaluating"]))
-    fine = start in ("scratch_8mm", "random")
-    for options in (train, test):
-        assert options.get("--encoder#patch_size") == ("4" if fine else None)
-        assert options.get("--crop_size") == ("[48, 48, 48]" if fine else None)
-    assert train.get("--layer_decay") == {"random": "0.65", "segresnet": None}.get(start, "1.0")
-    assert int(train["--epochs"]) == (160 if start == "segresnet" else 40)  # of 50 steps
+    calls: dict[str, dict] = {}
 
-
-@pytest.mark.parametrize("name", tournament.CONTENDERS)
-def test_a_contender_is_fine_tuned_as_it_was_pretrained(tmp_path, monkeypatch, name):
-    (tmp_path / "manifest.csv").write_text("file,split\n")
-    of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
-    calls: dict[str, tuple] = {}
-
-    def bundle(_, config, overlays, options, output):
-        calls[config] = {**dict(zip(options[::2], options[1::2], strict=True)), "output": output}
-        assert all(file.is_file() for file in overlays)
-        output.mkdir(parents=True)
-        (output / "history.csv").write_text(f"epoch,iteration,dice\n5,250,0.31\n{calls[config]['--epochs']},999,\n")
-        (output / "models/pretrained").mkdir(parents=True)
-        (output / "models/pretrained/encoder.pt").touch()
+    def bundle(run_id, config, overlays, options, output):
+        options = dict(zip(options[::2], options[1::2], strict=True))
+        calls[config if run_id == "training" else run_id] = {**options, "output": output}
+        assert all(Path(file).is_file() for file in overlays if file != "evaluate")
+        (output / "models/pretrained").mkdir(parents=True, exist_ok=True)
+        if run_id == "evaluating":
+            (output / "metrics.csv").touch()
+        else:
+            (output / "history.csv").write_text(f"epoch,iteration,dice\n5,250,0.31\n{options['--epochs']},999,\n")
+            (output / "models/pretrained/encoder.pt").touch()
 
     monkeypatch.setattr(of, "bundle", bundle)
-    start, _ = tournament.CONTENDERS[name]
-    if start:
-        with pytest.raises(RuntimeError, match=f"pretrain {start} 1 is not complete"):
-            tournament.fine_tuning(of, name, 1).run()
-        tournament.pretraining(of, start, 1).run()
+    name, _ = protocol.STARTS.get(start, (None, {}))
+    if name:
+        with pytest.raises(RuntimeError, match=f"pretrain {name} 1 is not complete"):
+            of.segment("brain_structures", 5, start, 1).run()
+        of.pretrain(name, 1).run()
         weights = calls["pretrain"]["output"] / "models/pretrained/encoder.pt"
-    cell = tournament.fine_tuning(of, name, 1)
+    test = start not in protocol.DESIGN or start in protocol.MAIN
+    cell = of.segment("brain_structures", 5, start, 1, test)
     assert not cell.complete()
     cell.run()
+    assert cell.complete() and ("evaluating" in calls) is test
     train = calls["train"]
-    assert (train["--epochs"], train["--seed"], train["--data_options#max_subjects"]) == ("20", "1", "5")
-    assert train["--pretrained"] == (str(weights) if start else "null")
-    if start:
+    assert int(train["--epochs"]) == (80 if start == "segresnet" else 20)  # of 50 steps
+    assert (train["--seed"], train["--data_options#max_subjects"], train["--val_interval"]) == (
+        "1",
+        "5",
+        "20" if start == "segresnet" else "5",
+    )
+    assert train["--pretrained"] == (str(weights) if name else "null")
+    assert train.get("--layer_decay") == ("0.65" if name else None if start == "segresnet" else "1.0")
+    assert train.get(f"--{protocol.HEAD}") == (
+        {"scratch_slow": "1", "tokens_slow": "1", "segresnet": None}.get(start, "10")
+    )
+    if name:
         assert train.get("--encoder#patch_size", "8") == calls["pretrain"]["--encoder#patch_size"]
         assert train.get("--crop_size", "[64, 64, 64]") == calls["pretrain"]["--crop_size"]
-    assert tournament.rows(of) == [{"contender": name, "seed": 1, "steps": 250, "dice": 0.31}]
+    run = {"task": "brain_structures", "n_labels": 5, "start": start, "seed": 1}
+    assert report.collect_curves(of) == [{**run, "step": 250, "dice": 0.31}]
 
 
-def test_the_table_of_the_tournament():
+def test_the_table_of_the_design():
+    run = {"task": "brain_structures", "n_labels": 5}
     rows = [
-        {"contender": name, "seed": seed, "steps": steps, "dice": dice}
-        for name, seed, steps, dice in (("scratch", 0, 250, 0.2), ("scratch", 0, 500, 0.4), ("whole", 0, 250, 0.3))
+        {**run, "start": start, "seed": seed, "step": step, "dice": dice}
+        for start, seed, step, dice in (("scratch", 0, 250, 0.2), ("scratch", 0, 500, 0.4), ("tokens_8mm", 0, 250, 0.3))
     ]
-    rows += [{**row, "seed": 1, "dice": row["dice"] + 0.1} for row in rows if row["contender"] == "scratch"]
-    assert report.tournament_table(rows).splitlines() == [
-        "| contender | seeds | 250 steps | 500 steps |",
+    rows += [{**row, "seed": 1, "dice": row["dice"] + 0.1} for row in rows if row["start"] == "scratch"]
+    rows += [{**rows[0], "n_labels": 20}, {**rows[0], "start": "segresnet"}]
+    assert report.page_tables([], [], rows)["design"].splitlines() == [
+        "| start | seeds | 250 steps | 500 steps |",
         "| --- | --- | --- | --- |",
         "| scratch | 2 | 0.250 [0.200, 0.300] | 0.450 [0.400, 0.500] |",
-        "| whole | 1 | 0.300 |  |",
+        "| tokens of 8 mm | 1 | 0.300 |  |",
     ]
 
 
@@ -239,6 +245,7 @@ def test_how_soon_a_run_is_as_good_as_scratch():
         return [{**run, "step": 100 * (i + 1), "dice": value} for i, value in enumerate(dice)]
 
     rows = [*curve("scratch", 0, 0.5, 0.7, 0.8), *curve("random", 0, 0.77, 0.8, 0.9), *curve("random", 1, 0.9)]
+    rows += curve("tokens", 0, 0.9)  # a contender of the design, which has its own table
     lines = report.speed_table(rows, {"hippocampus": "hippocampus"}).splitlines()
     assert lines[2:] == [
         "| hippocampus, 10 labelled | scratch | 0.800 | 300 |",
@@ -250,7 +257,8 @@ def test_pretrainings_are_tabulated_when_they_are_complete(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,split\n")
     of = runs.Study(tmp_path, tmp_path / "work", jobs=2)
     columns = "epoch,masked_error,high_frequency_error,ssim"
-    for seed, epoch, error in ((0, protocol.EPOCHS, 0.2), (1, protocol.EPOCHS, 0.4), (2, protocol.EPOCHS - 1, 0.9)):
+    last = protocol.PRETRAININGS["random"][1]["epochs"]
+    for seed, epoch, error in ((0, last, 0.2), (1, last, 0.4), (2, last - 1, 0.9)):
         run = tmp_path / "work" / "pretrain" / f"random_{seed}"
         run.mkdir(parents=True)
         (run / "history.csv").write_text(f"{columns}\n1,0.8,0.8,0.1\n{epoch},{error},0.5,0.6\n")
@@ -293,7 +301,7 @@ def test_the_page_of_the_study_shows_what_the_results_say():
     summary = [row for file in files for row in report.read_results(file.name)]
     others = (report.read_results(f"study_{name}.csv") for name in ("pretraining", "curves"))
     page = protocol.PAGE.read_text()
-    tables = report.page_tables(summary, *others) | report.other_tables()
+    tables = report.page_tables(summary, *others) | {"gpu": report.gpu_table(report.read_results("study_gpu.csv"))}
     assert page == report.with_tables(page, tables)
 
 

@@ -1,5 +1,4 @@
-"""The study: does pretraining pay with tokens of 8 mm, and do its masks and its noise? Protocol and results:
-docs/study.md.
+"""The study: does pretraining pay, and do its masks and its noise? Protocol and results: docs/study.md.
 
 It runs the bundle's own workflows, as users do. It does not repeat a complete run, and continues one that was killed.
 The folder of a run names its arm, labels, steps and seed: after a change of any other setting in ``protocol.py``,
@@ -8,17 +7,19 @@ remove the folders that it concerns.
     python -m benchmarks.study --data data
 
 - ``pretrain`` runs ``pretrain.json`` for each arm and seed.
-- ``segment`` runs ``train.json`` from each arm's encoder, from scratch, or with a peer as the network. Then it
+- ``segment`` runs ``train.json`` from each arm's weights, from scratch, or with a peer as the network. Then it
   evaluates the test subjects.
-- ``restore`` does the same for denoising and super-resolution, then runs ``benchmarks.restoration`` on the test scans.
 - ``robustness`` evaluates again, on test scans with artifacts.
+- ``design`` fine-tunes contenders of the design with the first seed. Their test subjects stay unseen.
+- ``restore`` does as ``segment`` for denoising and super-resolution, then runs ``benchmarks.restoration`` on the test
+  scans.
 - ``report`` puts the rows of complete runs into the published ones, ``results/study_*.csv``, and makes of all of them
   the tables with intervals, in ``results`` and in the page, and the picture. It needs neither data nor runs. Before a
   study of other data or with other settings, remove the published rows. ``--gpu results.jsonl`` publishes what
   ``benchmarks/gpu/run.sh ... study`` brought back, too.
 
-``--jobs`` runs share the CPU cores, in the order of their worth: the main arms of one seed, then the next. ``--full``
-adds the other arms, numbers of labels and the peers.
+``--jobs`` runs share the CPU cores, in the order of their worth: the main arms of one seed, then the next, then the
+other stages. ``--full`` adds the other arms, numbers of labels and the peers.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ from benchmarks.study.runs import Study, matrix, run_all
 
 def main() -> None:
     parser = argument_parser(__doc__, data=True)
-    add_runs(parser, "study_8mm", jobs=2)
+    add_runs(parser, "study", jobs=2)
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: random and scheduled; with --full all")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarks.common import ROOT
 
 CONFIGS = ROOT / "benchmarks" / "study" / "configs"
@@ -14,45 +16,68 @@ def torchio(name: str, **options) -> dict[str, object]:
     return {"_target_": "benchmarks.study.artifacts.TorchIOd", "keys": "image", "name": name, **options}
 
 
-#: arms of the pretraining, each with every seed: options of pretrain.json
-ARMS: dict[str, list[str]] = {
-    "random": ["--beta", "0.0"],
-    "scheduled": ["--beta", "0.5"],
-    "random_clean": ["--beta", "0.0", "--noise", "null"],
-    "scheduled_clean": ["--beta", "0.5", "--noise", "null"],
-}
-MAIN = ("scratch", "random", "scheduled")  # on every task; the other arms are for a GPU
-#: splits and folders of the pretraining
-PRETRAINING = ({"training": ["train"], "validation": ["val"]}, ["heads/", "brain_structures/images/"])
-EPOCHS = 200  # of the pretraining: 20 steps of 8 crops each
-GRID = [2.0, 2.0, 2.0]  # mm; with patches of 4 voxels a token sees 8 mm
+LARGE, SMALL = [64, 64, 64], [48, 48, 48]  # voxels of a crop
+GRID = [2.0, 2.0, 2.0]  # mm
+#: what all pretrainings share: options of pretrain.json
 PRETRAIN = {
     "spacing": GRID,
     "min_spacing": GRID,
     "max_spacing": GRID,
-    "encoder#patch_size": 4,
-    "crop_size": [48, 48, 48],
+    "encoder#patch_size": 8,
+    "crop_size": LARGE,
     "batch_size": 8,
     "crops_per_scan": 1,
-    "epochs": EPOCHS,
-    "val_interval": 50,
     "learning_rate": 0.001,
+    "beta": 0.0,
 }
-#: how a start is fine-tuned
-RECIPES = {
-    "scratch": {"learning_rate": 0.002, "layer_decay": 1.0},
-    "pretrained": {"learning_rate": 0.0015, "layer_decay": 0.65},
+#: splits and folders of the pretraining
+PRETRAINING = ({"training": ["train"], "validation": ["val"]}, ["heads/", "brain_structures/images/"])
+#: the whole segmentation network is pretrained, 2,880 steps of 2 crops
+WHOLE = {"epochs": 36, "batch_size": 2, "learning_rate": 0.0005}
+#: the masks and the noise that are compared
+ARMS: dict[str, dict] = {
+    "random": WHOLE,
+    "scheduled": WHOLE | {"beta": 0.5},
+    "random_clean": WHOLE | {"noise": "null"},
+    "scheduled_clean": WHOLE | {"beta": 0.5, "noise": "null"},
+}
+#: pretrainings, each with every seed: overlays, and options of pretrain.json beside ``PRETRAIN``
+PRETRAININGS: dict[str, tuple[list[Path], dict]] = {
+    **{arm: ([CONFIGS / "whole_network.json"], options) for arm, options in ARMS.items()},
+    "tokens": ([], {"epochs": 300}),  # the encoder alone, 6,000 steps of 8 crops
+    "tokens_8mm": ([], {"epochs": 85, "encoder#patch_size": 4, "crop_size": SMALL}),  # 1,700 steps
+}
+HEAD = "optimizer#params#head_factor"
+FROM_SCRATCH = {"learning_rate": 0.002, "layer_decay": 1.0, HEAD: 10}
+PRETRAINED = {"learning_rate": 0.002, "layer_decay": 0.65, HEAD: 10}
+#: starts of a fine-tuning: the pretraining, and options of train.json
+STARTS: dict[str, tuple[str | None, dict]] = {
+    "scratch": (None, FROM_SCRATCH),
+    **{arm: (arm, PRETRAINED) for arm in ARMS},
+    "tokens": ("tokens", PRETRAINED),
+    "tokens_8mm": ("tokens_8mm", PRETRAINED | {"encoder#patch_size": 4, "crop_size": SMALL}),
+    "scratch_slow": (None, FROM_SCRATCH | {HEAD: 1}),
+    "tokens_slow": ("tokens", PRETRAINED | {HEAD: 1}),
+}
+MAIN = ("scratch", "random", "scheduled")  # on every task; the other arms are for a GPU
+#: contenders of the design, on the first task, judged on validation subjects alone
+DESIGN = ("scratch", "random", "tokens", "tokens_8mm", "scratch_slow", "tokens_slow")
+#: titles of starts, where they are not their names
+TITLES = {
+    "random_clean": "random, no noise",
+    "scheduled_clean": "scheduled, no noise",
+    "tokens_8mm": "tokens of 8 mm",
+    "scratch_slow": "scratch, slow head",
+    "tokens_slow": "tokens, slow head",
 }
 #: peers of the segmentation, from scratch: steps over ours
 PEERS = {"segresnet": 4.0, "swinunetr": 4.0}
-STAGES = ("pretrain", "segment", "restore", "robustness", "report")
+STAGES = ("pretrain", "segment", "robustness", "design", "restore", "report")
 #: differences in the report; True: primary, counted in the correction for the number of comparisons
 COMPARISONS = (
     ("random", "scratch", True),
     ("scheduled", "random", True),
     ("scheduled", "scratch", False),
-    ("scratch_8mm", "scratch", False),
-    ("random", "scratch_8mm", False),
     ("random", "random_clean", False),
     ("scheduled", "scheduled_clean", False),
     *((peer, "scratch", False) for peer in (*PEERS, "cubic")),
@@ -67,16 +92,15 @@ PRIMARY = (
 N_PRIMARY = 2 * len(PRIMARY)
 SEEDS = (0, 1, 2)
 #: segmentation: overlays, crops per step, steps, numbers of labelled subjects in the order of their worth, splits, and
-#: the encoder's patch and the crop of starts that have tokens of 8 mm, where these are not the task's own
+#: how many subjects each of the four validations on the way sees
 TASKS = {
     "brain_structures": {
         "overlays": [],
         "batch": 2,
-        "steps": 2000,
+        "steps": 1000,
         "labels": (5, 1, 20, 110),
         "splits": {"training": ["train"], "validation": ["val"], "test": ["test"]},
-        "8 mm": {"encoder#patch_size": 4, "crop_size": [48, 48, 48]},
-        "validation": 5,
+        "validation": 15,
     },
     "hippocampus": {
         "overlays": ["hippocampus"],
@@ -84,7 +108,6 @@ TASKS = {
         "steps": 400,
         "labels": (10, 50, 126),
         "splits": {"training": ["fold0", "fold1", "fold2"], "validation": ["fold3"], "test": ["fold4"]},
-        "8 mm": {},  # patches of 8 voxels of 1 mm
         "validation": 41,
     },
 }
@@ -104,7 +127,7 @@ RESTORATION = {
 }
 #: number of degradations in the evaluation
 N_DEGRADATIONS = {"denoising": len(LEVELS), "super_resolution": len(DEGRADATIONS)}
-EVERY = ("scratch", "scratch_8mm", *ARMS, *PEERS, "cubic")  # the order of the tables
+EVERY = ("scratch", *ARMS, *PEERS, "cubic")  # the order of the tables
 
 #: the networks that segment scans with artifacts
 ROBUSTNESS = ("hippocampus", 10)

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, read_csv, save_csv, save_figure
 from benchmarks.study import protocol
 from benchmarks.study.intervals import compare
-from benchmarks.study.runs import Study
+from benchmarks.study.runs import Study, fine_tuned
 from sspformer.io import format_table
 
 #: columns of a pretraining's history in the report
@@ -60,7 +60,7 @@ def report(study: Study) -> None:
         every = mean_over(losses, "artifact", "dice", {protocol.ROBUSTNESS[0]: len(protocol.ARTIFACTS)})
         summary = compare([*losses, *every], ["task", "n_labels", "artifact"], None)
         summaries += publish(summary, "study_robustness_summary.csv")
-    tables = page_tables(summaries, pretrained, curves) | other_tables()
+    tables = page_tables(summaries, pretrained, curves) | {"gpu": gpu_table(read_results("study_gpu.csv"))}
     protocol.PAGE.write_text(with_tables(protocol.PAGE.read_text(), tables))
     print(f"tables written to {protocol.PAGE}")
 
@@ -104,11 +104,11 @@ def collect(study: Study) -> tuple[list[dict], list[dict]]:
 
 
 def collect_curves(study: Study) -> list[dict]:
-    """Dice of the validation subjects by step, of every complete run."""
+    """Dice of the validation subjects by step, of every complete training."""
     return [
         {**here, "step": int(float(row["iteration"])), "dice": round(float(row["dice"]), 4)}
         for here, run in segmentations(study)
-        if (run / "evaluation" / "metrics.csv").is_file()
+        if fine_tuned(run, here["task"], here["n_labels"], here["start"])
         for row in read_csv(run / "history.csv")
         if row["dice"]
     ]
@@ -136,18 +136,7 @@ def collect_restoration(study: Study) -> list[dict]:
 
 def read_results(name: str) -> list[dict]:
     """The rows of a CSV file in the results, without empty cells; none if there is no such file."""
-    texts = {
-        "task",
-        "start",
-        "subject",
-        "degradation",
-        "artifact",
-        "arm",
-        "of_each_seed",
-        "settings",
-        "gpu",
-        "contender",
-    }
+    texts = ("task", "start", "subject", "degradation", "artifact", "arm", "of_each_seed", "settings", "gpu")
     kinds = {**dict.fromkeys(texts, str), **dict.fromkeys(("n_labels", "seed", "seeds", "step", "steps"), int)}
     return [{k: kinds.get(k, float)(v) for k, v in row.items() if v} for row in read_csv(RESULTS / name)]
 
@@ -219,11 +208,11 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict], curves: Seq
         """``rows`` maps the key of a group to a title; columns are arms and differences."""
         body = [[name, *(cells.get((row, column), "") for column in columns)] for row, name in rows.items()]
         body = [line for line in body if any(line[2:])]  # the first arm alone is no comparison
-        return markdown(["", *(column.replace("_", ", ") for column in columns)], body)
+        return markdown(["", *(" - ".join(map(title, column.split(" - "))) for column in columns)], body)
 
     pairs = [f"{a} - {b}" for a, b, _ in protocol.COMPARISONS]
     main = [*protocol.MAIN, *(pair for pair in pairs if set(pair.split(" - ")) <= set(protocol.MAIN))]
-    others = [name for name in ("scratch_8mm", *protocol.ARMS) if name not in protocol.MAIN]
+    others = [name for name in protocol.ARMS if name not in protocol.MAIN]
     more = [*others, *(pair for pair in pairs if set(pair.split(" - ")) & set(others))]
     peers = [*protocol.PEERS, "cubic"]
     against = ["scratch", *peers, *(f"{peer} - scratch" for peer in peers)]
@@ -233,7 +222,7 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict], curves: Seq
             values = [[row[name] for row in seeds] for name in ERRORS]
             spread = [f" [{min(v):.4f}, {max(v):.4f}]" if len(v) > 1 else "" for v in values]
             cells_of_arm = [f"{sum(v) / len(v):.4f}{text}" for v, text in zip(values, spread, strict=True)]
-            body.append([arm.replace("_", ", "), str(len(seeds)), *cells_of_arm])
+            body.append([title(arm), str(len(seeds)), *cells_of_arm])
     return {
         "main": table(groups, main),
         "others": table(groups, more),
@@ -241,30 +230,31 @@ def page_tables(summary: Sequence[dict], pretrained: Sequence[dict], curves: Seq
         "robustness": table({group: group[-1] for group in robust}, main),
         "pretraining": markdown(["arm", "seeds", *ERRORS.values()], body),
         "curves": speed_table(curves, names),
+        "design": design_table(curves),
     }
 
 
-def other_tables() -> dict[str, str]:
-    """The tables of what other scripts than the study published: the tournament of designs, and the GPU."""
-    return {
-        "tournament": tournament_table(read_results("study_tournament.csv")),
-        "gpu": gpu_table(read_results("study_gpu.csv")),
-    }
+def title(start: str) -> str:
+    """The name of a start in tables."""
+    return protocol.TITLES.get(start, start)
 
 
-def tournament_table(rows: Sequence[dict]) -> str:
-    """Dice of the contenders by step; of several seeds the mean, the lowest and the highest."""
-    steps = sorted({row["steps"] for row in rows})
+def design_table(curves: Sequence[dict]) -> str:
+    """Dice of the contenders of the design by step; of several seeds the mean, the lowest and the highest."""
+    task = next(iter(protocol.TASKS))
+    group = {"task": task, "n_labels": protocol.TASKS[task]["labels"][0]}
+    rows = [row for row in curves if group.items() <= row.items()]
+    steps = sorted({row["step"] for row in rows})
     body = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        of_name = [row for row in rows if row["contender"] == name]
-        line = [name, str(len({row["seed"] for row in of_name}))]
+    for start in protocol.DESIGN:
+        of_start = [row for row in rows if row["start"] == start]
+        cells = [title(start), str(len({row["seed"] for row in of_start}))]
         for step in steps:
-            dice = [row["dice"] for row in of_name if row["steps"] == step]
+            dice = [row["dice"] for row in of_start if row["step"] == step]
             spread = f" [{min(dice):.3f}, {max(dice):.3f}]" if len(dice) > 1 else ""
-            line.append(f"{sum(dice) / len(dice):.3f}{spread}" if dice else "")
-        body.append(line)
-    return markdown(["contender", "seeds", *(f"{step} steps" for step in steps)], body)
+            cells.append(f"{sum(dice) / len(dice):.3f}{spread}" if dice else "")
+        body += [cells] if of_start else []
+    return markdown(["start", "seeds", *(f"{step} steps" for step in steps)], body)
 
 
 def speed_table(curves: Sequence[dict], names: Mapping[str, str]) -> str:
@@ -274,9 +264,10 @@ def speed_table(curves: Sequence[dict], names: Mapping[str, str]) -> str:
         by_seed = runs.setdefault((row["task"], row["n_labels"], row["start"]), {})
         by_seed.setdefault(row["seed"], []).append((row["step"], row["dice"]))
     body = []
-    for (task, n_labels, start), seeds in sorted(runs.items(), key=lambda item: protocol.EVERY.index(item[0][2])):
+    compared = {run: seeds for run, seeds in runs.items() if run[2] in protocol.EVERY}
+    for (task, n_labels, start), seeds in sorted(compared.items(), key=lambda item: protocol.EVERY.index(item[0][2])):
         scratch = runs.get((task, n_labels, "scratch"), {})
-        line = [f"{names[task]}, {n_labels} labelled", start.replace("_", ", "), [], []]
+        line = [f"{names[task]}, {n_labels} labelled", title(start), [], []]
         for seed in sorted(seeds.keys() & scratch.keys()):
             wanted = 0.95 * max(dice for _, dice in scratch[seed])
             line[2].append(f"{max(dice for _, dice in seeds[seed]):.3f}")
@@ -361,7 +352,7 @@ def plot_curves(rows: Sequence[dict], path: Path) -> None:
                 for step, dice in run:
                     by_step.setdefault(step, []).append(dice)
             mean = [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
-            axis.plot(*zip(*mean, strict=True), lw=2, color=color, label=start.replace("_", ", "))
+            axis.plot(*zip(*mean, strict=True), lw=2, color=color, label=title(start))
         axis.set(title=f"{task.replace('_', ' ')}, {n_labels} labelled", xlabel="step")
         axis.set_ylabel("mean Dice of the validation subjects")
         axis.grid(alpha=0.3)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,31 +102,37 @@ class Study:
         if result.returncode:
             raise RuntimeError(f"failed, see {log}:\n{''.join(log.read_text().splitlines(True)[-5:])}")
 
-    def pretrain(self, arm: str, seed: int) -> Cell:
-        """The pretraining of an arm."""
-        output = self.work_dir / "pretrain" / f"{arm}_{seed}"
+    def pretrain(self, name: str, seed: int) -> Cell:
+        """One of the pretrainings."""
+        output = self.work_dir / "pretrain" / f"{name}_{seed}"
+        overlays, options = protocol.PRETRAININGS[name]
+        epochs = options["epochs"]
 
         def run() -> None:
             lists = self.datalist("pretrain", *protocol.PRETRAINING)
-            fixed = {"dataset_dir": lists, "cache_dir": self.work_dir / "cache", "seed": seed, **protocol.PRETRAIN}
-            self.bundle("training", "pretrain", [], [*as_options(fixed), *protocol.ARMS[arm]], output)
+            fixed = {"dataset_dir": lists, "cache_dir": self.work_dir / "cache", "seed": seed, "val_interval": epochs}
+            self.bundle("training", "pretrain", overlays, as_options(fixed | protocol.PRETRAIN | options), output)
 
-        return Cell(f"pretrain {arm} {seed}", lambda: pretrained(output, protocol.EPOCHS), run)
+        return Cell(f"pretrain {name} {seed}", lambda: pretrained(output, epochs), run)
 
-    def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
-        """Fine-tuning from an arm's encoder or from scratch, or a peer's training; then Dice of test subjects."""
+    def segment(self, task: str, n_labels: int, start: str, seed: int, test: bool = True) -> Cell:
+        """Fine-tuning from a start, or a peer's training; then Dice of the test subjects, unless ``test`` is False."""
         output = self.run_of(task, n_labels, start, seed)
-        steps = round(protocol.TASKS[task]["steps"] * protocol.PEERS.get(start, 1))
         overlays = overlays_of(task, start)
+        _, options = protocol.STARTS.get(start, (None, {}))
 
         def run() -> None:
-            recipe = protocol.RECIPES["pretrained" if start in protocol.ARMS else "scratch"]
-            recipe = {} if start in protocol.PEERS else recipe | network_of(task, start)
-            options = {"pretrained": self.encoder(start, seed), **recipe}
-            self.fine_tune(task, n_labels, seed, steps, overlays, options, output)
-            self.evaluate(task, start, [], output, output / "evaluation")
+            settings = {"pretrained": self.encoder(start, seed), **options}
+            self.fine_tune(task, n_labels, seed, steps_of(task, start), overlays, settings, output)
+            if test:
+                self.evaluate(task, start, [], output, output / "evaluation")
 
-        return Cell(f"segment {task} {n_labels} {start} {seed}", (output / "evaluation" / "metrics.csv").is_file, run)
+        scores = output / "evaluation" / "metrics.csv"
+        return Cell(
+            f"{'segment' if test else 'design'} {task} {n_labels} {start} {seed}",
+            lambda: scores.is_file() if test else fine_tuned(output, task, n_labels, start),
+            run,
+        )
 
     def fine_tune(
         self,
@@ -138,7 +144,7 @@ class Study:
         options: dict[str, object],
         output: Path,
     ) -> None:
-        """Train a segmentation for about so many steps, and validate eight times on the way."""
+        """Train a segmentation for about so many steps, and validate four times on the way."""
         crops, epochs = schedule(task, n_labels, steps)
         if epochs_done(output) >= epochs:
             return
@@ -149,7 +155,7 @@ class Study:
             "data_options#max_subjects": n_labels,
             "crops_per_scan": crops,
             "epochs": epochs,
-            "val_interval": max(1, epochs // 8),
+            "val_interval": max(1, epochs // 4),
             "validate#max_scans": protocol.TASKS[task]["validation"],
             "inferer#overlap": 0.25,  # of the validation alone; test subjects have the bundle's own
             "cache_dir": self.work_dir / "cache",
@@ -210,7 +216,6 @@ class Study:
             "weights": run / "models" / "model.pt",
             "max_pictures": 1,
             "evaluation#additional_metrics": "{}",
-            **network_of(task, start),
         }
         files = [*overlays_of(task, start), *overlays, "evaluate"]
         self.bundle("evaluating", "train", files, as_options(options), output)
@@ -219,17 +224,18 @@ class Study:
         """Output folder of a fine-tuning."""
         return self.work_dir / f"{task}_{protocol.TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
 
-    def encoder(self, arm: str, seed: int) -> Path | str:
-        """The encoder of an arm's pretraining; ``null`` for scratch and for peers, which start from random weights.
+    def encoder(self, start: str, seed: int) -> Path | str:
+        """What a start's pretraining wrote; ``null`` for scratch and for peers, which start from random weights.
 
         Raises:
             RuntimeError: if the pretraining is not complete.
         """
-        if arm not in protocol.ARMS:
+        name, _ = protocol.STARTS.get(start, (None, {}))
+        if name is None:
             return "null"
-        if not (pretraining := self.pretrain(arm, seed)).complete():
-            raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --arms {arm} --seeds {seed}")
-        return self.work_dir / "pretrain" / f"{arm}_{seed}" / "models" / "pretrained" / "encoder.pt"
+        if not (pretraining := self.pretrain(name, seed)).complete():
+            raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --seeds {seed}")
+        return self.work_dir / "pretrain" / f"{name}_{seed}" / "models" / "pretrained" / "encoder.pt"
 
 
 def overlays_of(task: str, start: str) -> list[str | Path]:
@@ -238,11 +244,6 @@ def overlays_of(task: str, start: str) -> list[str | Path]:
         *protocol.TASKS[task]["overlays"],
         *([protocol.CONFIGS / f"{start}.json"] if start in protocol.PEERS else []),
     ]
-
-
-def network_of(task: str, start: str) -> dict[str, object]:
-    """Options of the network of a start: patch and crop, where tokens of 8 mm need other ones than the task has."""
-    return protocol.TASKS[task]["8 mm"] if start in (*protocol.ARMS, "scratch_8mm") else {}
 
 
 def keep(path: Path, text: str) -> Path:
@@ -263,6 +264,16 @@ def schedule(task: str, n_labels: int, steps: int) -> tuple[int, int]:
     batch = protocol.TASKS[task]["batch"]
     crops = max(1, round(50 * batch / n_labels))
     return crops, max(1, round(steps / -(-n_labels * crops // batch)))
+
+
+def steps_of(task: str, start: str) -> int:
+    """Steps of a fine-tuning, or of a peer's training."""
+    return round(protocol.TASKS[task]["steps"] * protocol.PEERS.get(start, 1))
+
+
+def fine_tuned(output: Path, task: str, n_labels: int, start: str) -> bool:
+    """Whether a fine-tuning is complete."""
+    return epochs_done(output) >= schedule(task, n_labels, steps_of(task, start))[1]
 
 
 def epochs_done(output: Path) -> int:
@@ -306,31 +317,50 @@ def run_all(cells: Sequence[Cell], jobs: int) -> list[str]:
 def matrix(study: Study, args: argparse.Namespace) -> list[list[tuple[str, Cell]]]:
     """The runs in the order of their worth, each with its stage; those of one list need only what is before it.
 
-    First the main arms on each task with the first of its numbers of labels, seed by seed, then other arms that are
-    asked for. With ``full`` all arms, the other numbers of labels, scratch with tokens of 8 mm, and the peers.
+    First the main starts on each task with the first of its numbers of labels, seed by seed, then the scans with
+    artifacts, the contenders of the design with the first seed, restoration, and other arms that are asked for. With
+    ``full`` all arms, the other numbers of labels, and the peers.
     """
     groups: list[list[tuple[str, Cell]]] = []
+    labels = [(task, protocol.TASKS[task]["labels"]) for task in args.tasks]
+    few, more = [(task, n[0]) for task, n in labels], [(task, n) for task, several in labels for n in several[1:]]
 
-    def add(arms: Sequence[str], labels: slice, starts: Sequence[str], seed: int, restore: bool) -> None:
-        groups.append([("pretrain", study.pretrain(arm, seed)) for arm in arms])
-        tasks = [(task, n) for task in args.tasks for n in protocol.TASKS[task]["labels"][labels]]
-        tasks = [(task, n) for task, n in tasks if starts != ["scratch_8mm"] or protocol.TASKS[task]["8 mm"]]
+    def pretrain(names: Iterable[str], seed: int) -> None:
+        groups.append([("pretrain", study.pretrain(name, seed)) for name in names])
+
+    def segment(tasks: Sequence[tuple[str, int]], starts: Sequence[str], seed: int) -> None:
         groups.append([("segment", study.segment(task, n, start, seed)) for task, n in tasks for start in starts])
-        if restore:
-            groups.append([("restore", study.restore(task, s, seed)) for task in protocol.RESTORATION for s in starts])
-        for task, n in tasks:
-            if (task, n) == protocol.ROBUSTNESS:
-                several = [study.robustness(task, n, s, seed, name) for s in starts for name in protocol.ARTIFACTS]
-                groups.append([("robustness", cell) for cell in several])
+
+    def test_otherwise(starts: Sequence[str], seed: int) -> None:
+        if protocol.ROBUSTNESS in few:
+            several = [(start, name) for start in starts for name in protocol.ARTIFACTS]
+            groups.append(
+                [("robustness", study.robustness(*protocol.ROBUSTNESS, s, seed, name)) for s, name in several]
+            )
+
+    def restore(starts: Sequence[str], seed: int) -> None:
+        groups.append([("restore", study.restore(task, s, seed)) for task in protocol.RESTORATION for s in starts])
 
     arms = args.arms or [arm for arm in protocol.ARMS if args.full or arm in protocol.MAIN]
     main, others = ([arm for arm in arms if (arm in protocol.MAIN) == wanted] for wanted in (True, False))
+    starts = ["scratch", *main]
     for seed in args.seeds:
-        add(main, slice(1), ["scratch", *main], seed, restore=True)
+        pretrain(main, seed)
+        segment(few, starts, seed)
+    for seed in args.seeds:
+        test_otherwise(starts, seed)
+    task, n, seed = "brain_structures", protocol.TASKS["brain_structures"]["labels"][0], args.seeds[0]
+    design = [start for start in protocol.DESIGN if start not in protocol.MAIN]
+    pretrain(dict.fromkeys(name for start in design if (name := protocol.STARTS[start][0])), seed)
+    groups.append([("design", study.segment(task, n, start, seed, test=False)) for start in design])
+    for seed in args.seeds:
+        restore(starts, seed)
     for seed in args.seeds if others else ():
-        add(others, slice(1), others, seed, restore=True)
+        pretrain(others, seed)
+        segment(few, others, seed)
+        test_otherwise(others, seed)
+        restore(others, seed)
     for seed in args.seeds if args.full else ():
-        add([], slice(1, None), ["scratch", *main], seed, restore=False)
-        add([], slice(1), ["scratch_8mm"], seed, restore=False)
-        add([], slice(None), [peer for peer in args.peers if seed == 0], seed, restore=False)
+        segment(more, starts, seed)
+        segment(few + more, [peer for peer in args.peers if seed == args.seeds[0]], seed)
     return groups
