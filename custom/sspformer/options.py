@@ -378,6 +378,10 @@ SCHEMA: dict[str, Option] = {
             "inferer#overlap": (_number("[0, 1)"), "share by which windows overlap"),
             "validate#sw_batch_size": (integer("[1, inf)"), "windows at a time"),
             "crops#foreground": (SHARE, "share of voxels that are no air, which a crop is to have"),
+            "crops#labelled": (
+                SHARE,
+                "share of crops that are drawn around a labelled voxel, each class as often as others",
+            ),
             "crops#augmentation#skull_strip#prob": (SHARE, "share of crops without the skull"),
             "degradation": (
                 either(NULL, COMPONENT),

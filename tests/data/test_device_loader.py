@@ -8,6 +8,7 @@ import torch
 from monai.data import Dataset, MetaTensor
 
 from sspformer.data import DeviceLoader, ScanBuffer
+from sspformer.data.device_loader import labelled_voxels
 from sspformer.transforms import BatchedContrast, BatchedNoise, CropSampler
 
 SHAPES = [(12, 14, 10), (16, 9, 11), (10, 10, 10), (13, 12, 15), (11, 18, 9)]
@@ -48,8 +49,9 @@ def test_an_epoch_has_so_many_crops_of_each_scan_in_batches_of_one_size():
 @pytest.mark.parametrize("residence", ["device", "host", "disk"])
 def test_draws_depend_on_the_seed_alone_wherever_the_scans_lie(residence):
     augmentation = [BatchedContrast(0.5), BatchedNoise(0.5, sigma=0.1)]
-    made = loader(residence=residence, augmentation=augmentation)
-    reference = loader(residence="device", augmentation=[BatchedContrast(0.5), BatchedNoise(0.5, sigma=0.1)])
+    made = loader(residence=residence, augmentation=augmentation, labelled=0.5)
+    same = [BatchedContrast(0.5), BatchedNoise(0.5, sigma=0.1)]
+    reference = loader(residence="device", augmentation=same, labelled=0.5)
     for seed in (1, 2, 1):
         made.set_random_state(seed)
         reference.set_random_state(seed)
@@ -153,6 +155,8 @@ def test_crops_that_are_drawn_elsewhere_than_before_are_named(caplog):
     [
         ({"residence": "gpu"}, "residence must be auto, device, host, disk"),
         ({"batch_size": 0}, "batch_size and crops_per_scan must be 1 or more"),
+        ({"labelled": 1.5}, "labelled must be between 0 and 1, got 1.5"),
+        ({"labelled": 0.3, "keys": ["image"]}, "labelled 0.3 needs labels, and label is not among the keys"),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -173,12 +177,43 @@ def test_crops_with_little_foreground_are_drawn_again():
     assert shares[1] > 3 * shares[0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"scale": (0.8, 1.2), "rotate": 0.3, "flip_prob": 0.5}])
+def test_a_share_of_the_crops_has_labels_of_each_class_as_often_as_of_another(settings):
+    label = torch.zeros(1, 60, 60, 60, dtype=torch.uint8)
+    label[0, 50:55, 3:9, 30:40], label[0, 20, 20, 20] = 1, 2
+    items = [{"image": MetaTensor(torch.zeros(1, 60, 60, 60)), "label": MetaTensor(label)}]
+    items += [
+        {
+            "image": MetaTensor(torch.zeros(1, 30, 30, 30)),
+            "label": MetaTensor(label[:, :1, :1, :1].expand(1, 30, 30, 30)),
+        }
+    ]
+    found = []
+    for labelled in (0.0, 0.5):
+        options = {"crops_per_scan": 200, "keys": ("image", "label"), "labelled": labelled}
+        made = DeviceLoader(Dataset(items), CropSampler((10, 10, 10), **settings), 400, **options)
+        crops = next(iter(made))["label"].flatten(1)
+        found.append([((crops == value).any(dim=1)).float().mean().item() * 2 for value in (1, 2)])
+    assert max(found[0]) < 0.1  # of the scan that has labels; the other is cropped anywhere
+    assert found[1] == pytest.approx([0.25, 0.25], abs=0.07)
+
+
+def test_labelled_voxels_are_spread_over_each_class():
+    label = torch.zeros(4, 5, 300, dtype=torch.uint8)
+    label[1, 2], label[3, 4, 7] = 4, 9
+    found = labelled_voxels(label, 100)
+    assert found.shape == (100, 3) and found[1::2].tolist() == [[3, 4, 7]] * 50
+    assert found[::2, 2].tolist() == list(range(3, 300, 6))
+    assert labelled_voxels(torch.zeros(3, 3, 3), 7).tolist() == [[-1, -1, -1]] * 7
+
+
 def test_beyond_its_ends_a_scan_is_mirrored():
     image = torch.rand(1, 6, 5, 4)
     scans = Dataset([{"image": MetaTensor(image)}])
-    crop = next(iter(DeviceLoader(scans, CropSampler((14, 9, 12), mirror=True), 1)))["image"][0, 0]
-    wanted = torch.from_numpy(np.pad(image[0].numpy(), ((4, 4), (2, 2), (4, 4)), mode="symmetric"))
-    assert torch.equal(crop, wanted)
+    batch = next(iter(DeviceLoader(scans, CropSampler((14, 9, 12), mirror=True), 1)))
+    mirrored = torch.from_numpy(np.pad(image[0].numpy(), 8, mode="symmetric"))
+    where = tuple(slice(8 + int(first), 8 + int(first) + n) for first, n in zip(batch["affine"][0, :3, 3], (14, 9, 12)))
+    assert torch.equal(batch["image"][0, 0], mirrored[where])
 
 
 @pytest.mark.parametrize("mirror", [False, True])

@@ -1,14 +1,18 @@
 """Crops of many scans in one resampling: MONAI's own at the same place, one by one, is the oracle."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 
 from sspformer.data import ScanBuffer
 from sspformer.transforms import CropSampler
 
+CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
 SHAPES = [(20, 24, 18), (16, 30, 22), (9, 12, 31)]
 SPACINGS = [(1.0, 1.0, 1.0), (0.9, 2.0, 1.2), (1.5, 0.7, 3.0)]
 
@@ -79,7 +83,7 @@ def test_crops_stay_within_the_scan_and_reach_all_of_it():
     starts = sampler(shape, torch.ones(4000, 3), torch.Generator().manual_seed(0))[..., 3]
     assert starts[:, 0].min() == 0 and starts[:, 0].max() == 12
     assert (starts[:, 1] == 0).all()
-    assert starts[:, 2].unique().numel() == 1 and -2 <= starts[0, 2] <= -1  # a smaller scan lies in the middle
+    assert starts[:, 2].unique().tolist() == [-3, -2, -1, 0]  # a smaller scan lies anywhere in the crop
 
 
 def test_scale_and_angles_are_drawn_within_their_ranges_in_mm():
@@ -129,3 +133,34 @@ def test_the_same_seed_draws_the_same():
     first, again, other = (draw(CropSampler((8, 8, 8), rotate=0.2), [0, 1], seed)[2]["image"] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert np.isfinite(first.numpy()).all()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+def test_a_crop_contains_the_voxel_that_it_lies_near_and_reaches_no_further_beyond_its_scan(margin):
+    sampler, n = CropSampler((8, 8, 8), flip_prob=0.5, margin=margin), 300
+    shape, spacing = torch.tensor([[20, 24, 6]]).expand(n, 3), torch.ones(n, 3)
+    generator = torch.Generator().manual_seed(0)
+    near = (torch.rand(n, 3, generator=generator) * shape).floor()
+    near[::3] = float("nan")
+    matrix = sampler(shape, spacing, generator, near)
+    ends = torch.stack([matrix[:, :, 3], matrix[:, :, 3] + 7 * matrix[:, :, :3].sum(dim=2)])
+    low, high = ends.amin(dim=0), ends.amax(dim=0)
+    assert (matrix == matrix.round()).all()  # on the voxels of the scan
+    asked = ~near.isnan()
+    assert ((near >= low) & (near <= high))[asked].all()
+    assert (low[:, :2] >= -8 * margin - 0.5).all() and (high[:, :2] <= shape[:, :2] + 8 * margin - 0.5).all()
+    place = ((near - low) / 7)[asked[:, 0], 0]
+    assert place.min() < 0.1 and place.max() > 0.9  # anywhere in the crop
+
+
+@pytest.mark.parametrize("task, shape", [("train", (120, 120, 90)), ("hippocampus", (35, 51, 35))])
+def test_the_crops_of_a_segmentation_are_not_spent_on_what_is_beyond_the_scan(task, shape):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in dict.fromkeys(("train", task))])
+    parser["imports"] = []
+    sampler = parser.get_parsed_content("crops#sampler")
+    scan = ScanBuffer([{"image": MetaTensor(torch.ones(1, *shape))}])
+    index = torch.zeros(50, dtype=torch.int64)
+    matrix = sampler(scan.shape[index], scan.spacing[index], torch.Generator().manual_seed(0))
+    most = np.prod([min(side, crop) / crop for side, crop in zip(shape, sampler.size)])
+    assert scan.crops(index, matrix, sampler.size)["image"].mean() > 0.9 * most

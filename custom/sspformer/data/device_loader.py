@@ -35,6 +35,8 @@ SPARE = 1.05
 TRIES, COARSE = 8, 4
 #: sets the draws of places apart from those of masks and noise, whose seed is the same
 PLACES = 0x5CA1AB1E
+#: labelled voxels of a scan that crops are drawn around
+LABELLED = 1024
 #: batches that are drawn ahead where the scans do not lie on the network's device
 PREFETCH = 2
 
@@ -45,13 +47,23 @@ class ScanBuffer:
     Args:
         items: see :meth:`add`.
         keys: entries to keep.
-        n_scans: how many there will be with those that are added later; 0: none are.
+        n_scans: how many there will be with those that are added later, at most; 0: none are.
+        label_key: entry whose labelled voxels are listed, see :func:`labelled_voxels`; None: of none.
+
+    Attributes:
+        labelled: int16, ``(n_scans, LABELLED, 3)``; of no scan without a ``label_key``.
     """
 
     def __init__(
-        self, items: Sequence[Mapping[str, Any]] = (), keys: Sequence[str] = ("image",), n_scans: int = 0
+        self,
+        items: Sequence[Mapping[str, Any]] = (),
+        keys: Sequence[str] = ("image",),
+        n_scans: int = 0,
+        label_key: str | None = None,
     ) -> None:
         self.keys, self.n_scans, self.n_voxels = tuple(keys), n_scans or len(items), 0
+        self.label_key = label_key
+        self.labelled = torch.empty(self.n_scans if label_key else 0, LABELLED, 3, dtype=torch.int16)
         self._flat: dict[str, Tensor] = {}  # with room for scans to come
         self.numbers: dict[str, Tensor] = {}
         self.shape, self.offset = torch.empty(0, 3, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
@@ -85,6 +97,9 @@ class ScanBuffer:
             name: item[name] for name in (self.numbers if len(self) else item) if isinstance(item.get(name), Real)
         }
         self.numbers = {name: self._longer(self.numbers.get(name), value) for name, value in numbers.items()}
+        if self.label_key:
+            label = torch.as_tensor(item[self.label_key]).as_subclass(Tensor)[0]
+            self.labelled[len(self)] = labelled_voxels(label, LABELLED)
         self.offset = self._longer(self.offset, self.n_voxels)
         self.shape = self._longer(self.shape, first.shape[1:])
         self.spacing = self._longer(self.spacing, affine[:3, :3].square().sum(dim=0).sqrt().tolist())
@@ -161,6 +176,23 @@ class ScanBuffer:
         return {**found, "affine": affine, "spacing": affine[:, :3, :3].square().sum(dim=1).sqrt()}
 
 
+def labelled_voxels(label: Tensor, n: int) -> Tensor:
+    """Voxels of a label map ``(X, Y, Z)`` that are not 0, as many of each class, spread over all that it has.
+
+    Returns:
+        indices, ``(n, 3)``: -1 if there is no label, and some of them twice if there are few.
+    """
+    found = label.flatten().nonzero()[:, 0]
+    if not len(found):
+        return torch.full((n, 3), -1)
+    values, order = label.flatten()[found].sort(stable=True)
+    counts = values.unique_consecutive(return_counts=True)[1]
+    of_class, turn = torch.arange(n) % len(counts), torch.arange(n) // len(counts)
+    turns = -(-n // len(counts))
+    at = counts.cumsum(0)[of_class] - counts[of_class] + (2 * turn + 1) * counts[of_class] // (2 * turns)
+    return torch.stack(torch.unravel_index(found[order[at]], label.shape), dim=1)
+
+
 class DeviceLoader(Randomizable):
     """Batches of random crops for MONAI's trainer, as ``train_data_loader``.
 
@@ -175,8 +207,8 @@ class DeviceLoader(Randomizable):
     Args:
         dataset: items with MetaTensors ``(1, X, Y, Z)`` at ``keys``, preprocessed, without random transforms.
         crop: draws where the crops lie, as :class:`sspformer.transforms.CropSampler` does: any callable
-            ``(shape, spacing, generator) -> matrix`` that also has ``size`` (three sides), ``spatial_dims`` (2 for
-            slices), and ``mirror`` and ``on_grid`` as in :meth:`ScanBuffer.crops`.
+            ``(shape, spacing, generator, near) -> matrix`` that also has ``size`` (three sides), ``spatial_dims`` (2
+            for slices), and ``mirror`` and ``on_grid`` as in :meth:`ScanBuffer.crops`.
         batch_size: crops in a batch of one process.
         device: of the network.
         crops_per_scan: crops of each scan in an epoch.
@@ -187,6 +219,10 @@ class DeviceLoader(Randomizable):
         foreground: share of voxels above ``threshold`` that a crop is to have, 0 to 1; a place is drawn up to ``TRIES``
             times. Air is soon learnt.
         threshold: intensity above which a voxel is no air.
+        labelled: share of the crops that are drawn around a labelled voxel, 0 to 1, each class of a scan as often as
+            every other. Small structures would be in few of the crops; a third is usual, after nnU-Net (Isensee et
+            al., doi 10.1038/s41592-020-01008-z).
+        label_key: the entry with the labels.
         num_workers: processes that preprocess the scans, before the first epoch.
 
     Raises:
@@ -208,20 +244,26 @@ class DeviceLoader(Randomizable):
         residence: str = "auto",
         foreground: float = 0.0,
         threshold: float = 0.1,
+        labelled: float = 0.0,
+        label_key: str = "label",
         num_workers: int = 0,
     ) -> None:
         if residence not in ("auto", *RESIDENCES):
             raise ValueError(f"residence must be auto, {', '.join(RESIDENCES)}, got {residence!r}.")
         if min(batch_size, crops_per_scan) < 1:
             raise ValueError(f"batch_size and crops_per_scan must be 1 or more, got {batch_size} and {crops_per_scan}.")
-        if not 0 <= foreground <= 1:
-            raise ValueError(f"foreground must be between 0 and 1, got {foreground}.")
+        for name, share in (("foreground", foreground), ("labelled", labelled)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}.")
+        if labelled and label_key not in keys:
+            raise ValueError(f"labelled {labelled} needs labels, and {label_key} is not among the keys {list(keys)}.")
         if not len(dataset):
             raise ValueError("there is no scan to take crops of.")
         self.dataset, self.crop, self.batch_size, self.device = dataset, crop, batch_size, torch.device(device)
         self.crops_per_scan, self.keys, self.augmentation = crops_per_scan, tuple(keys), tuple(augmentation)
         self.residence, self.num_workers = residence, num_workers
-        self.foreground, self.threshold = foreground, threshold
+        self.foreground, self.threshold, self.labelled = foreground, threshold, labelled
+        self.label_key = label_key if labelled else None
         self._buffer: ScanBuffer | None = None
         self._drawn_on: str | None = None
         self.set_random_state(0)
@@ -277,7 +319,7 @@ class DeviceLoader(Randomizable):
             shares["device"] = RESUMED_SHARE
         elif self._drawn_on == "cpu" != self.device.type and len(places) > 1:
             places.remove("device")
-        buffer = ScanBuffer(keys=self.keys, n_scans=len(self.dataset))
+        buffer = ScanBuffer(keys=self.keys, n_scans=len(self.dataset), label_key=self.label_key)
         workers = {"num_workers": self.num_workers, "batch_size": None, "collate_fn": _unchanged}
         for item in tqdm(DataLoader(self.dataset, **workers), "reading scans", disable=None):
             buffer.add(item)
@@ -333,9 +375,9 @@ class DeviceLoader(Randomizable):
     def place(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> Tensor:
         """Matrices of the crops ``(B, 3, 4)``: of ``TRIES`` draws the first with foreground enough, else the last."""
         if self.foreground == 0:
-            return self.crop(buffer.shape[index], buffer.spacing[index], generator)
+            return self._place(buffer, index, generator)
         tries = index.repeat(TRIES)
-        matrix = self.crop(buffer.shape[tries], buffer.spacing[tries], generator)
+        matrix = self._place(buffer, tries, generator)
         coarse = torch.cat([matrix[:, :, :3] * COARSE, matrix[:, :, 3:]], dim=2)
         size = [-(-side // COARSE) for side in self.crop.size]
         seen = resample(buffer.voxels[self.keys[0]], buffer.offset[tries], buffer.shape[tries], coarse, size)
@@ -345,11 +387,19 @@ class DeviceLoader(Randomizable):
         chosen = enough.to(torch.uint8).argmax(dim=0)
         return matrix.reshape(TRIES, -1, 3, 4)[chosen, torch.arange(len(index), device=index.device)]
 
+    def _place(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> Tensor:
+        near = None
+        if self.labelled:
+            which, chosen = torch.rand(2, len(index), generator=generator, device=index.device)
+            near = buffer.labelled[index, (which * LABELLED).long()]
+            near = torch.where((chosen < self.labelled)[:, None] & (near >= 0), near, math.nan)
+        return self.crop(buffer.shape[index], buffer.spacing[index], generator, near)
+
     def _draw_on_host(self, index: Tensor, *generators: torch.Generator) -> dict[str, Tensor]:
         buffer = self._buffer
         if buffer is None:  # a buffer of this batch alone
             scans, index = index.unique(return_inverse=True)
-            buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys)
+            buffer = ScanBuffer([self.dataset[int(scan)] for scan in scans], self.keys, label_key=self.label_key)
         batch = self.draw(buffer, index, *generators)
         return {n: v.pin_memory() for n, v in batch.items()} if self.device.type == "cuda" else batch
 

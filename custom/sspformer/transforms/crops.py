@@ -82,7 +82,7 @@ class CropSampler:
         prob: share of the crops that are scaled and turned.
         flip_prob: probability of a flip along each axis, one number or one for each axis.
         margin: how far a crop may reach beyond its scan, a share of its sides, 0 or more. A scan smaller than the crop
-            lies in its middle.
+            lies anywhere in it.
         mirror: beyond its ends a scan is mirrored, in place of air.
 
     Raises:
@@ -124,13 +124,17 @@ class CropSampler:
             self._constants[device] = torch.tensor(rows, dtype=torch.float32, device=device).unbind()
         return self._constants[device]
 
-    def __call__(self, shape: Tensor, spacing: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, shape: Tensor, spacing: Tensor, generator: torch.Generator | None = None, near: Tensor | None = None
+    ) -> Tensor:
         """Matrices from voxels of the crops to voxels of their scans, ``(B, 3, 4)``, float32.
 
         Args:
             shape: sides of the scan of each crop, ``(B, 3)``.
             spacing: its voxel spacing, mm, ``(B, 3)``.
             generator: on their device.
+            near: a voxel of the scan for each crop to contain, at a random place, ``(B, 3)``; NaN: the crop may lie
+                anywhere. It reaches no further beyond its scan for that.
         """
         n, device = shape.shape[0], shape.device
         size, flip_prob, scaled, turned = self.constants(device)
@@ -142,8 +146,13 @@ class CropSampler:
         flip = 1 - 2 * (for_flip < flip_prob).float()
         step = rotation * (spacing * scale * flip)[:, None] / spacing[:, :, None]
 
-        room = shape - scale * size + 2 * self.margin * size * scaled
-        centre = (shape - 1) / 2 + (for_place - 0.5) * room.clamp_min(0)
+        reach = (shape - scale * size).abs() / 2 + self.margin * size * scaled
+        middle, place = (shape - 1) / 2, for_place - 0.5
+        centre = middle + 2 * place * reach
+        if near is not None:
+            from_middle = near + place * scale * size - middle
+            from_middle = torch.minimum(torch.maximum(from_middle, -reach), reach)
+            centre = torch.where(near.isnan(), centre, middle + from_middle)
         start = centre - (step @ (size - 1)[:, None])[..., 0] / 2
         if self.on_grid:
             chosen = torch.zeros_like(chosen)
