@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import RESULTS, read_csv, save_csv
+from benchmarks.common import BUNDLE, RESULTS, read_csv, save_csv
 from benchmarks.restoration import super_resolution
 from benchmarks.study import intervals, protocol, report, runs
-from benchmarks.study.whole_network import MaskedDense
 from sspformer.engines import EvaluationReport
 from sspformer.kspace import fourier_resample
-from sspformer.networks import SSPFormerDense, SSPFormerEncoder, load_pretrained
-from sspformer.transforms import MaskIndices, voxel_mask
 
 
 def test_intervals_are_as_wide_as_the_seeds_differ():
@@ -184,7 +181,8 @@ def test_a_start_is_fine_tuned_as_it_was_pretrained(tmp_path, monkeypatch, start
     def bundle(run_id, config, overlays, options, output):
         options = dict(zip(options[::2], options[1::2], strict=True))
         calls[config if run_id == "training" else run_id] = {**options, "output": output}
-        assert all(Path(file).is_file() for file in overlays if file != "evaluate")
+        for overlay in overlays:
+            assert Path(overlay).is_file() or (BUNDLE / "configs" / f"{overlay}.json").is_file()
         (output / "models/pretrained").mkdir(parents=True, exist_ok=True)
         if run_id == "evaluating":
             (output / "metrics.csv").touch()
@@ -346,27 +344,6 @@ def test_the_published_intervals_are_those_of_the_published_rows():
         pytest.skip("no segmentation of the second edition is complete")
     assert len(wanted) > 2
     assert intervals.compare(rows, ["task", "n_labels"], protocol.N_PRIMARY) == wanted
-
-
-def test_the_whole_network_is_pretrained_from_visible_patches_alone(tmp_path):
-    torch.manual_seed(0)
-    encoder = SSPFormerEncoder(dim=32, depth=3, num_heads=2, patch_size=4)
-    network, image = MaskedDense(encoder).eval(), torch.rand(2, 1, 16, 16, 12)
-    order = torch.stack([torch.randperm(48) for _ in range(2)])
-    keep, hidden = order[:, :12].sort(dim=1).values, order[:, 12:].sort(dim=1).values
-    pred = network(image, keep, hidden)
-    assert pred.shape == (2, 36, 64)
-    mask = voxel_mask(MaskIndices(keep, hidden), image.shape[2:], (4, 4, 4))
-    changed = torch.where(mask, torch.rand_like(image), image)
-    torch.testing.assert_close(network(changed, keep, hidden), pred)
-    pred.sum().backward()
-    head = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
-    assert not head - {f"encoder.encoder.blocks.{n}.attention.kv.bias" for n in range(3)}  # all of it learns
-    torch.save(network.encoder.state_dict(), tmp_path / "encoder.pt")
-    tuned = load_pretrained(
-        SSPFormerDense(SSPFormerEncoder(dim=32, depth=3, num_heads=2, patch_size=4), 5), tmp_path / "encoder.pt"
-    )
-    assert torch.equal(tuned.stem[0].conv.weight, network.encoder.stem[0].conv.weight)
 
 
 def test_runs_that_start_at_once_write_one_datalist(tmp_path):

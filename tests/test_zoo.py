@@ -28,7 +28,7 @@ TASKS = (
 )
 #: workflow type in MONAI's words, configs
 WORKFLOWS = [
-    *(("train", ["pretrain", *overlay]) for overlay in ([], ["pretrain_2d"])),
+    *(("train", ["pretrain", *overlay]) for overlay in ([], ["pretrain_2d"], ["whole_network"])),
     *(("train", ["train", *overlay]) for overlay in (*TASKS, ["multi_gpu_train"])),
     *(("evaluation", ["train", *overlay, "evaluate"]) for overlay in TASKS),
     *(("inference", ["inference", *overlay]) for overlay in TASKS),

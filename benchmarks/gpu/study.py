@@ -55,7 +55,7 @@ RATES = (0.0003, 0.0007, 0.0015, 0.003)
 #: contenders of the design: options of the pretraining, and of the fine-tuning
 FINE = {name: [1.5, 1.5, 1.5] for name in ("spacing", "min_spacing", "max_spacing")}
 DESIGNS: dict[str, tuple[dict, dict]] = {
-    "whole": ({"overlay": "benchmarks/study/configs/whole_network.json"}, {}),
+    "whole": ({"overlay": "bundle/configs/whole_network.json"}, {}),
     "6mm": (FINE, {"spacing": [1.5, 1.5, 1.5]}),
     "ratio60": ({"mask_ratio": 0.6}, {}),
     "ratio90": ({"mask_ratio": 0.9}, {}),

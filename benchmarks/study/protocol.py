@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from benchmarks.common import ROOT
 
 CONFIGS = ROOT / "benchmarks" / "study" / "configs"
@@ -42,8 +40,8 @@ ARMS: dict[str, dict] = {
     "scheduled_clean": WHOLE | {"beta": 0.5, "noise": "null"},
 }
 #: pretrainings, each with every seed: overlays, and options of pretrain.json beside ``PRETRAIN``
-PRETRAININGS: dict[str, tuple[list[Path], dict]] = {
-    **{arm: ([CONFIGS / "whole_network.json"], options) for arm, options in ARMS.items()},
+PRETRAININGS: dict[str, tuple[list[str], dict]] = {
+    **{arm: (["whole_network"], options) for arm, options in ARMS.items()},
     "tokens": ([], {"epochs": 300}),  # the encoder alone, 6,000 steps of 8 crops
     "tokens_8mm": ([], {"epochs": 85, "encoder#patch_size": 4, "crop_size": SMALL}),  # 1,700 steps
 }

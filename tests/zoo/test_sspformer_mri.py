@@ -26,6 +26,11 @@ TEST_CASE_PRETRAIN_2D = [
     ["pretrain_2d.json"],
     {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "crop_size": [48, 48], **SHORT},
 ]
+TEST_CASE_PRETRAIN_WHOLE = [
+    "whole_network",
+    ["whole_network.json"],
+    {"bundle_root": BUNDLE_ROOT, "num_workers": 0, "crop_size": [32, 32, 32], **SHORT},
+]
 TEST_CASE_SEGMENTATION = ["segmentation", [], TWO_CLASSES]
 TEST_CASE_DENOISING = ["denoising", ["restoration.json", "denoising.json"], {}]
 TEST_CASE_SUPER_RESOLUTION = ["super_resolution", ["restoration.json", "super_resolution.json"], {}]
@@ -77,7 +82,7 @@ class TestSSPFormerMRI(unittest.TestCase):
             **{"dataset_dir": self.dataset_dir, "output_dir": self.output_dir, **override},
         )
 
-    @parameterized.expand([TEST_CASE_PRETRAIN, TEST_CASE_PRETRAIN_2D])
+    @parameterized.expand([TEST_CASE_PRETRAIN, TEST_CASE_PRETRAIN_2D, TEST_CASE_PRETRAIN_WHOLE])
     def test_pretrain_config(self, name, overlays, override):
         check_workflow(self.workflow("train", ["pretrain.json", *overlays], override))
         self.assertTrue(os.path.isfile(os.path.join(self.output_dir, "models/pretrained/encoder.pt")))

@@ -1,4 +1,4 @@
-"""Networks: encoders, the masked autoencoder that pretrains them, and the networks of the tasks."""
+"""Networks: encoders, the masked autoencoders that pretrain them, and the networks of the tasks."""
 
 from .dense import SSPFormerDense
 from .encoder import SIZES, Encoder, SSPFormerEncoder, resize_patch_embedding
@@ -17,5 +17,6 @@ from .layers import (
     unpatchify,
 )
 from .masked_autoencoder import MaskedAutoencoder
+from .masked_dense import MaskedDense
 from .pretrained import load_pretrained, load_weights, read_weights
 from .restorer import SSPFormerRestorer

@@ -79,9 +79,12 @@ class DenseNetwork(nn.Module):
 
     def forward_encoder(self, image: Tensor) -> Tensor:
         """Tokens of all ``depths``, projected, on their grid: ``(B, C, *grid)``."""
-        hidden = self.encoder.hidden_tokens(image, self.depths)
-        tokens = torch.cat([norm(hidden[i]) for i, norm in enumerate(self.token_norms)], dim=-1)
-        return self.token_projection(tokens).transpose(1, 2).unflatten(2, self.encoder.grid(image.shape[2:]))
+        tokens = self.project(self.encoder.hidden_tokens(image, self.depths))
+        return tokens.transpose(1, 2).unflatten(2, self.encoder.grid(image.shape[2:]))
+
+    def project(self, hidden: list[Tensor]) -> Tensor:
+        """Tokens of all ``depths``, ``(B, N, dim)`` each -> ``(B, N, C)``."""
+        return self.token_projection(torch.cat([norm(hidden[i]) for i, norm in enumerate(self.token_norms)], dim=-1))
 
     def forward_stem(self, image: Tensor) -> list[Tensor]:
         """Detail on the finest grid, ``(B, features, *S)``, and on each halved one, finest first."""

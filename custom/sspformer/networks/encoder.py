@@ -56,8 +56,9 @@ class Encoder(Protocol):
         """Normalised tokens of all patches ``(B, N, dim)``; or of the visible ones ``ids_keep`` (B, K) alone,
         ``(B, K, dim)``, computed from nothing else."""
 
-    def hidden_tokens(self, image: Tensor, depths: list[int]) -> list[Tensor]:
-        """Tokens ``(B, N, dim)`` after each of the blocks ``depths``; 1 is the first, the last one's are normalised."""
+    def hidden_tokens(self, image: Tensor, depths: list[int], ids_keep: Tensor | None = None) -> list[Tensor]:
+        """Tokens ``(B, N, dim)`` after each of the blocks ``depths``; 1 is the first, the last one's are normalised.
+        Only :class:`sspformer.networks.MaskedDense` asks for the visible ones, as in :meth:`forward`."""
 
 
 #: name: width, depth and attention heads of the encoder, then those of the masked autoencoder's decoder
@@ -199,10 +200,10 @@ class SSPFormerEncoder(nn.Module):
             tokens = block(tokens, rotation)
         return self.norm(tokens)
 
-    def hidden_tokens(self, image: Tensor, depths: list[int]) -> list[Tensor]:
+    def hidden_tokens(self, image: Tensor, depths: list[int], ids_keep: Tensor | None = None) -> list[Tensor]:
         """Tokens ``(B, N, dim)`` after each of the blocks ``depths`` (1 is the first); the last block's are normalised
-        as in :meth:`forward`."""
-        tokens, rotation = self.embed(image)
+        as in :meth:`forward`. With ``ids_keep`` of the visible patches alone, ``(B, K, dim)``."""
+        tokens, rotation = self.embed(image, ids_keep)
         hidden: dict[int, Tensor] = {}
         for depth, block in enumerate(self.blocks, start=1):
             if depth <= max(depths):
