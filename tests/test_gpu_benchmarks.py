@@ -85,15 +85,18 @@ def test_every_check_is_a_command_of_the_bundle(tmp_path):
 
 def test_the_recipe_chooses_the_rates_of_the_arms_and_few_encoders_are_kept(tmp_path):
     recipe = queue({})
-    assert recipe[0].kind == "pretrain" and len(recipe) == 13
-    results = {run.name: {"best": 0.7 if run.options.get("learning_rate") == 0.0007 else 0.5} for run in recipe}
+    assert recipe[0].kind == "pretrain" and len(recipe) == 3 + 20
+    results = {run.name: {"best": 0.5 + 0.2 * (run.options.get("learning_rate") == 0.0007)} for run in recipe}
+    results["segment_random-whole8_0_5_0.0007_3000"]["best"] = 0.8
     diverged = recipe[-1].name
-    assert len(queue({name: row for name, row in results.items() if name != diverged})) == 13
+    assert len(queue({name: row for name, row in results.items() if name != diverged})) == len(recipe)
     runs = queue({name: row for name, row in results.items() if name != diverged}, hopeless=[diverged])
     assert [run.name for run in runs] == [run.name for run in queue(results)]
     arms = [run for run in runs if run.kind == "segment" and run.steps == 6000]
     assert {run.options["learning_rate"] for run in arms} == {0.0007}
     assert all(run.options["layer_decay"] == (0.65 if run.encoder else 1.0) for run in arms)
+    assert all(run.encoder is None or "whole8" in run.encoder for run in arms)  # the best pretraining goes on
+    assert {run.options["encoder#patch_size"] for run in arms} == {8}
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:  # every encoder is trained before it is used
         assert run.encoder is None or run.encoder in [r.name for r in runs[: runs.index(run)]]
@@ -102,7 +105,8 @@ def test_the_recipe_chooses_the_rates_of_the_arms_and_few_encoders_are_kept(tmp_
             (tmp_path / f"{run.name}.pt").touch()
     keep_encoders(tmp_path, [run for run in runs if run.name not in results])
     kept = {file.stem for file in tmp_path.glob("*.pt")}
-    assert len(kept) == ENCODERS and "pretrain_random_0" in kept and "pretrain_random-clean_2" not in kept
+    assert len(kept) == ENCODERS and "pretrain_random-whole8_0" in kept
+    assert "pretrain_random-clean-whole8_2" not in kept
 
 
 def test_what_ships_is_trained_from_one_encoder(tmp_path):
@@ -123,11 +127,11 @@ def test_every_contender_changes_the_pretraining_or_the_fine_tuning(tmp_path):
     known = {run.name: {"best": 0.5} for run in queue({})}
     runs = {run.name: run for run in queue(known)}
     plain = command(runs["pretrain_random_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
-    for design in DESIGNS:
-        words = command(runs[f"pretrain_random-{design}_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
+    for change in ("whole", "whole8", *DESIGNS):
+        words = command(runs[f"pretrain_random-{change}_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
         assert words != plain
-        files = [word for word in words[6].strip("[]").replace("'", "").split(",") if "benchmarks" in word]
-        assert all(Path(file).is_file() for file in files) and len(files) == (design == "whole")
+        files = [word for word in words[6].strip("[]").replace("'", "").split(",") if "whole" in word]
+        assert all(Path(file).is_file() for file in files) and len(files) == change.startswith("whole")
 
 
 def test_the_next_run_is_the_first_that_fits(tmp_path):

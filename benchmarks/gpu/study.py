@@ -1,4 +1,4 @@
-"""Does pretraining pay with tokens of 8 mm? The runs of the study that a GPU does, in the order of their worth.
+"""Does pretraining pay where compute is plentiful? The runs of the study that a GPU does, in the order of their worth.
 
     python -m benchmarks.gpu.study --out OUT --data DATA [--minutes 9] [--smoke]
     python -m benchmarks.gpu.study --out OUT --data DATA --weights
@@ -7,14 +7,14 @@ Protocol, fixed before the runs. Data: the 110 training scans of IXI at 2 mm, un
 of the 110 with labels, drawn by seed; Dice of 17 structures over the 15 validation subjects. Test subjects are not on
 the machine. Each seed has a pretraining of its own.
 
-1. *Recipe*, seed 0: learning rates 0.0003, 0.0007, 0.0015, 0.003 for scratch with patches of 8, scratch with patches of
-   4, and the encoder of random masks (layer decay 0.65); 3,000 steps. Each arm keeps its best rate in what follows.
-2. *Arms*, seeds 0 to 2, 6,000 steps, validated every 500: scratch (the better patch), random masks, scheduled masks
-   (beta 0.5), random masks without noise, scheduled masks without noise.
-3. *Why 48^3 lost*, seed 0: the recipe of the random-mask arm with crops of 48^3, and with layer decay 0.5 and 1.
-4. *Design*, seed 0, 3,000 steps, against the random masks of the recipe, one change at a time (``DESIGNS``): the
-   whole network pretrained, tokens of 6 mm, mask ratios of 0.6 and 0.9, patches normalised as the target, a spectral
-   term in the loss, rotation by 0.26 rad in pretraining.
+1. *Recipe*, seed 0: learning rates 0.0003, 0.0007, 0.0015, 0.003 for scratch with patches of 8 and of 4, and for three
+   pretrainings by random masks (layer decay 0.65): of the encoder with patches of 4, and of the whole network with
+   patches of 4 and of 8; 3,000 steps. The best of scratch and the best pretraining go on, each with its best rate.
+2. *Arms*, seeds 0 to 2, 6,000 steps, validated every 500: scratch, random masks, scheduled masks (beta 0.5), random
+   masks without noise, scheduled masks without noise.
+3. *Context*, seed 0, 3,000 steps: random masks with crops of 48^3 in fine-tuning, and with layer decay 0.5 and 1.
+4. *Design*, seed 0, 3,000 steps, one change of the random masks at a time (``CHANGES``): voxels of 1.5 mm, mask ratios
+   of 0.6 and 0.9, patches normalised as the target, a spectral term in the loss, rotation by 0.26 rad in pretraining.
 5. *More labels*: 20 and 110 subjects, seeds 0 to 2, three arms.
 
 Pretraining: 1,500 steps of 48 crops of 64^3. Each finished run is a line of ``results.jsonl``: its name, settings, the
@@ -52,17 +52,23 @@ PIECE = 400
 #: files that may lie in OUT beside the tables
 ENCODERS = 5
 RATES = (0.0003, 0.0007, 0.0015, 0.003)
-#: contenders of the design: options of the pretraining, and of the fine-tuning
 FINE = {name: [1.5, 1.5, 1.5] for name in ("spacing", "min_spacing", "max_spacing")}
-DESIGNS: dict[str, tuple[dict, dict]] = {
-    "whole": ({"overlay": "bundle/configs/whole_network.json"}, {}),
-    "6mm": (FINE, {"spacing": [1.5, 1.5, 1.5]}),
+WHOLE = {"overlay": "bundle/configs/whole_network.json"}
+#: changes of an arm, whose names follow its mask: options of the pretraining, and of the fine-tuning
+CHANGES: dict[str, tuple[dict, dict]] = {
+    "whole": (WHOLE, {}),
+    "whole8": (WHOLE | {"encoder#patch_size": 8}, {"encoder#patch_size": 8}),
+    "clean": ({"noise": "null"}, {}),
+    "fine": (FINE, {"spacing": [1.5, 1.5, 1.5]}),
     "ratio60": ({"mask_ratio": 0.6}, {}),
     "ratio90": ({"mask_ratio": 0.9}, {}),
     "normalized": ({"loss_function#normalize_target": True}, {}),
     "spectral": ({"loss_function#spectral_weight": 1.0}, {}),
     "rotated": ({"crops#sampler#rotate": 0.26}, {}),
 }
+#: changes that are tried one at a time
+DESIGNS = tuple(CHANGES)[3:]
+PRETRAINED, SCRATCH = ("random", "random-whole", "random-whole8"), ("scratch8", "scratch4")
 
 
 @dataclass(frozen=True)
@@ -80,28 +86,31 @@ class Run:
 
 def pretraining(arm: str, seed: int) -> Run:
     """A pretraining of an arm."""
-    options: dict = {"beta": 0.0 if arm.startswith("random") else 0.5}
-    if arm.endswith("clean"):
-        options["noise"] = "null"
-    options |= DESIGNS.get(arm.split("-")[-1], ({}, {}))[0]
+    mask, *changes = arm.split("-")
+    options: dict = {"beta": 0.0 if mask == "random" else 0.5}
+    for change in changes:
+        options |= CHANGES[change][0]
     return Run(f"pretrain_{arm}_{seed}", "pretrain", seed, steps=1500, options=options)
 
 
 def segmentation(arm: str, seed: int, labels: int, rate: float, steps: int, **options) -> Run:
     """A fine-tuning of an arm, from its own seed's pretraining."""
-    scratch = arm.startswith("scratch")
+    mask, *changes = arm.split("-")
+    scratch = arm in SCRATCH
     extra = "".join(f"_{key.split('#')[-1]}{value}" for key, value in options.items())
     settings = {"learning_rate": rate, "layer_decay": 1.0 if scratch else 0.65, "data_options#max_subjects": labels}
-    settings["encoder#patch_size"] = 8 if arm.endswith("8") else 4
+    settings["encoder#patch_size"] = 8 if arm == "scratch8" else 4
+    for change in changes:
+        settings |= CHANGES[change][1]
     name = f"segment_{arm}_{seed}_{labels}_{rate}_{steps}{extra}".replace(" ", "")
     encoder = None if scratch else f"pretrain_{arm}_{seed}"
     return Run(name, "segment", seed, encoder, steps, settings | options)
 
 
 def queue(results: dict[str, dict], hopeless: Collection[str] = ()) -> list[Run]:
-    """All runs in their order; later ones use the best rates of the recipe, once all but the ``hopeless`` are there."""
-    runs = [pretraining("random", 0)]
-    recipe = [segmentation(arm, 0, 5, rate, 3000) for rate in RATES for arm in ("scratch8", "scratch4", "random")]
+    """All runs in their order; later ones are of the recipe's best, once all but the ``hopeless`` are there."""
+    runs = [pretraining(arm, 0) for arm in PRETRAINED]
+    recipe = [segmentation(arm, 0, 5, rate, 3000) for rate in RATES for arm in (*SCRATCH, *PRETRAINED)]
     runs += recipe
 
     def best(arms: tuple[str, ...]) -> tuple[str, float] | None:
@@ -111,21 +120,22 @@ def queue(results: dict[str, dict], hopeless: Collection[str] = ()) -> list[Run]
         top = max(of_arms, key=lambda run: results[run.name]["best"])
         return top.name.split("_")[1], top.options["learning_rate"]
 
-    scratch, random = best(("scratch8", "scratch4")), best(("random",))
-    if scratch is None or random is None:
+    scratch, pretrained = best(SCRATCH), best(PRETRAINED)
+    if scratch is None or pretrained is None:
         return runs
-    arms = ("random", "scheduled", "random-clean", "scheduled-clean")
+    network, rate = pretrained[0].removeprefix("random"), pretrained[1]
+    arms = [f"{mask}{network}" for mask in ("random", "scheduled", "random-clean", "scheduled-clean")]
     for labels in (5, 20, 110):
         for seed in range(3):
             runs.append(segmentation(scratch[0], seed, labels, scratch[1], 6000))
             for arm in arms if labels == 5 else arms[:2]:
-                runs += [pretraining(arm, seed), segmentation(arm, seed, labels, random[1], 6000)]
+                runs += [pretraining(arm, seed), segmentation(arm, seed, labels, rate, 6000)]
         if labels == 5:
-            runs.append(segmentation("random", 0, 5, random[1], 3000, crop_size=[48, 48, 48]))
-            runs += [segmentation("random", 0, 5, random[1], 3000, layer_decay=decay) for decay in (0.5, 1.0)]
-            for design, (_, fine_tuning) in DESIGNS.items():
-                arm = f"random-{design}"
-                runs += [pretraining(arm, 0), segmentation(arm, 0, 5, random[1], 3000, **fine_tuning)]
+            runs.append(segmentation(arms[0], 0, 5, rate, 3000, crop_size=[48, 48, 48]))
+            runs += [segmentation(arms[0], 0, 5, rate, 3000, layer_decay=decay) for decay in (0.5, 1.0)]
+            for design in DESIGNS:
+                arm = f"{arms[0]}-{design}"
+                runs += [pretraining(arm, 0), segmentation(arm, 0, 5, rate, 3000)]
     return list({run.name: run for run in runs}.values())
 
 
