@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import ROOT, add_runs, argument_parser
-from benchmarks.study.protocol import PRETRAINING, TASKS
+from benchmarks.study.protocol import TASKS, UNLABELLED
 from benchmarks.study.runs import Study, as_options
 
 MODELS_DIR = ROOT / "bundle" / "models"
@@ -59,7 +59,7 @@ MODELS = {
 def datalist(study: Study, model: str) -> Path:
     """The training data of a model."""
     if model == "pretrained":
-        return study.datalist("pretrain", *PRETRAINING)
+        return study.datalist("pretrain", *UNLABELLED)
     if model in TASKS:
         return study.labelled(model)
     return study.restoration_list(model)

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.gpu.check import SMOKED, WORKFLOWS, commands
 from benchmarks.gpu.pack import decode, encode
-from benchmarks.gpu.study import DESIGNS, ENCODERS, Run, command, keep_encoders, next_run, queue, weights
+from benchmarks.gpu.study import CHANGES, DESIGNS, ENCODERS, Run, command, keep_encoders, next_run, queue, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,9 +129,12 @@ def test_every_contender_changes_the_pretraining_or_the_fine_tuning(tmp_path):
     plain = command(runs["pretrain_random_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
     for change in ("whole", "whole8", *DESIGNS):
         words = command(runs[f"pretrain_random-{change}_0"], tmp_path, tmp_path, tmp_path / "run", smoke=False)
+        changed, _ = CHANGES[change]
         assert words != plain
-        files = [word for word in words[6].strip("[]").replace("'", "").split(",") if "whole" in word]
-        assert all(Path(file).is_file() for file in files) and len(files) == change.startswith("whole")
+        assert all(words[words.index(f"--{k}") + 1] == str(v) for k, v in changed.items() if k != "overlay")
+        overlays = [Path(file) for file in words[6].strip("[]").replace("'", "").split(",")[1:]]
+        assert all(file.is_file() for file in overlays)
+        assert [file.name for file in overlays] == ["whole_network.json"] * change.startswith("whole")
 
 
 def test_the_next_run_is_the_first_that_fits(tmp_path):

@@ -26,7 +26,7 @@ from benchmarks.gpu.speed import write_heads
 
 HERE = ["--bundle_root", "."]
 SMALL = ["--epochs", "1", "--crops_per_scan", "1", "--batch_size", "2", *HERE]
-EAGER = [*SMALL, "--compile", "false"]  # a minute of compiling is spent on two of them alone
+EAGER = [*SMALL, "--compile", "false"]  # a minute of compiling is spent on three of them alone
 #: others import packages that the machine lacks
 TESTS = ["tests/test_cuda.py", "tests/networks/test_networks.py"]
 #: name: workflow, configs, options; {folder} is that of the check, {model} the weights that ship
@@ -35,6 +35,11 @@ WORKFLOWS = {
     "pretrain, compiled": ("training", ["pretrain"], [*SMALL, "--crop_size", "[32,32,32]", "--compile", "true"]),
     "segmentation": ("training", ["train"], [*EAGER, "--pretrained", "null"]),
     "pretrain on slices": ("training", ["pretrain", "pretrain_2d"], [*EAGER, "--crop_size", "[64,64]"]),
+    "pretrain the whole network": (
+        "training",
+        ["pretrain", "whole_network"],
+        [*SMALL, "--crop_size", "[32,32,32]", "--compile", "true"],
+    ),
     "denoising": ("training", ["train", "restoration", "denoising"], [*EAGER, "--pretrained", "null"]),
     "super-resolution": ("training", ["train", "restoration", "super_resolution"], [*EAGER, "--pretrained", "null"]),
     "inference": ("inference", ["inference"], [*HERE, "--weights", "{model}"]),

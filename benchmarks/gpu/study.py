@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.study --out OUT --data DATA [--minutes 9] [--smoke]
     python -m benchmarks.gpu.study --out OUT --data DATA --weights
 
-Protocol, fixed before the runs. Data: the 110 training scans of IXI at 2 mm, unlabelled for pretraining; 5
-of the 110 with labels, drawn by seed; Dice of 17 structures over the 15 validation subjects. Test subjects are not on
-the machine. Each seed has a pretraining of its own.
+Protocol, fixed before the runs. Data: the 110 training scans of IXI at 2 mm, unlabelled for pretraining; 5 of the 110
+with labels, drawn by seed; Dice of 17 structures over the 15 validation subjects. Test subjects are not on the machine.
+Each seed has a pretraining of its own.
 
 1. *Recipe*, seed 0: learning rates 0.0003, 0.0007, 0.0015, 0.003 for scratch with patches of 8 and of 4, and for three
    pretrainings by random masks (layer decay 0.65): of the encoder with patches of 4, and of the whole network with

@@ -17,7 +17,7 @@ def torchio(name: str, **options) -> dict[str, object]:
 LARGE, SMALL = [64, 64, 64], [48, 48, 48]  # voxels of a crop
 GRID = [2.0, 2.0, 2.0]  # mm
 #: what all pretrainings share: options of pretrain.json
-PRETRAIN = {
+SHARED = {
     "spacing": GRID,
     "min_spacing": GRID,
     "max_spacing": GRID,
@@ -29,7 +29,7 @@ PRETRAIN = {
     "beta": 0.0,
 }
 #: splits and folders of the pretraining
-PRETRAINING = ({"training": ["train"], "validation": ["val"]}, ["heads/", "brain_structures/images/"])
+UNLABELLED = ({"training": ["train"], "validation": ["val"]}, ["heads/", "brain_structures/images/"])
 #: the whole segmentation network is pretrained, 2,880 steps of 2 crops
 WHOLE = {"epochs": 36, "batch_size": 2, "learning_rate": 0.0005}
 #: the masks and the noise that are compared
@@ -39,7 +39,7 @@ ARMS: dict[str, dict] = {
     "random_clean": WHOLE | {"noise": "null"},
     "scheduled_clean": WHOLE | {"beta": 0.5, "noise": "null"},
 }
-#: pretrainings, each with every seed: overlays, and options of pretrain.json beside ``PRETRAIN``
+#: pretrainings, each with every seed: overlays, and options of pretrain.json beside ``SHARED``
 PRETRAININGS: dict[str, tuple[list[str], dict]] = {
     **{arm: (["whole_network"], options) for arm, options in ARMS.items()},
     "tokens": ([], {"epochs": 300}),  # the encoder alone, 6,000 steps of 8 crops

@@ -109,17 +109,19 @@ class Study:
         epochs = options["epochs"]
 
         def run() -> None:
-            lists = self.datalist("pretrain", *protocol.PRETRAINING)
+            lists = self.datalist("pretrain", *protocol.UNLABELLED)
             fixed = {"dataset_dir": lists, "cache_dir": self.work_dir / "cache", "seed": seed, "val_interval": epochs}
-            self.bundle("training", "pretrain", overlays, as_options(fixed | protocol.PRETRAIN | options), output)
+            self.bundle("training", "pretrain", overlays, as_options(fixed | protocol.SHARED | options), output)
 
         return Cell(f"pretrain {name} {seed}", lambda: pretrained(output, epochs), run)
 
-    def segment(self, task: str, n_labels: int, start: str, seed: int, test: bool = True) -> Cell:
-        """Fine-tuning from a start, or a peer's training; then Dice of the test subjects, unless ``test`` is False."""
+    def segment(self, task: str, n_labels: int, start: str, seed: int) -> Cell:
+        """Fine-tuning from a start, or a peer's training; then Dice of the test subjects, which contenders of the
+        design alone do not see."""
         output = self.run_of(task, n_labels, start, seed)
         overlays = overlays_of(task, start)
         _, options = protocol.STARTS.get(start, (None, {}))
+        test = start not in protocol.DESIGN or start in protocol.MAIN
 
         def run() -> None:
             settings = {"pretrained": self.encoder(start, seed), **options}
@@ -144,7 +146,7 @@ class Study:
         options: dict[str, object],
         output: Path,
     ) -> None:
-        """Train a segmentation for about so many steps, and validate four times on the way."""
+        """Train a segmentation for about so many steps, and validate about four times on the way."""
         crops, epochs = schedule(task, n_labels, steps)
         if epochs_done(output) >= epochs:
             return
@@ -195,7 +197,7 @@ class Study:
     def restoration_list(self, task: str) -> Path:
         """Datalist of a restoration's training."""
         files = {row["file"] for row in training_scans(self.data, task)}
-        return self.datalist(task, {"training": ["train"]}, protocol.PRETRAINING[1], files)
+        return self.datalist(task, {"training": ["train"]}, protocol.UNLABELLED[1], files)
 
     def robustness(self, task: str, n_labels: int, start: str, seed: int, artifact: str) -> Cell:
         """Dice of a fine-tuned network on test scans with an artifact."""
@@ -234,7 +236,8 @@ class Study:
         if name is None:
             return "null"
         if not (pretraining := self.pretrain(name, seed)).complete():
-            raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain --seeds {seed}")
+            arm = f" --arms {name}" if name in protocol.ARMS else ""
+            raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain design{arm} --seeds {seed}")
         return self.work_dir / "pretrain" / f"{name}_{seed}" / "models" / "pretrained" / "encoder.pt"
 
 
@@ -350,9 +353,10 @@ def matrix(study: Study, args: argparse.Namespace) -> list[list[tuple[str, Cell]
     for seed in args.seeds:
         test_otherwise(starts, seed)
     task, n, seed = "brain_structures", protocol.TASKS["brain_structures"]["labels"][0], args.seeds[0]
-    design = [start for start in protocol.DESIGN if start not in protocol.MAIN]
+    wanted = "design" in args.stages and task in args.tasks
+    design = [start for start in protocol.DESIGN if wanted and start not in protocol.MAIN]
     pretrain(dict.fromkeys(name for start in design if (name := protocol.STARTS[start][0])), seed)
-    groups.append([("design", study.segment(task, n, start, seed, test=False)) for start in design])
+    groups.append([("design", study.segment(task, n, start, seed)) for start in design])
     for seed in args.seeds:
         restore(starts, seed)
     for seed in args.seeds if others else ():

@@ -380,7 +380,7 @@ SCHEMA: dict[str, Option] = {
             "crops#foreground": (SHARE, "share of voxels that are no air, which a crop is to have"),
             "crops#labelled": (
                 SHARE,
-                "share of crops that are drawn around a labelled voxel, each class as often as others",
+                "share of crops that are drawn around a labelled voxel, all classes equally often",
             ),
             "crops#augmentation#skull_strip#prob": (SHARE, "share of crops without the skull"),
             "degradation": (

@@ -181,7 +181,9 @@ def test_crops_with_little_foreground_are_drawn_again():
 def test_a_share_of_the_crops_has_labels_of_each_class_as_often_as_of_another(settings):
     label = torch.zeros(1, 60, 60, 60, dtype=torch.uint8)
     label[0, 50:55, 3:9, 30:40], label[0, 20, 20, 20] = 1, 2
-    items = [{"image": MetaTensor(torch.zeros(1, 60, 60, 60)), "label": MetaTensor(label)}]
+    image = torch.zeros(1, 60, 60, 60)
+    image[:, :, 30:] = 1  # nowhere near the labels
+    items = [{"image": MetaTensor(image), "label": MetaTensor(label)}]
     items += [
         {
             "image": MetaTensor(torch.zeros(1, 30, 30, 30)),
@@ -189,13 +191,13 @@ def test_a_share_of_the_crops_has_labels_of_each_class_as_often_as_of_another(se
         }
     ]
     found = []
-    for labelled in (0.0, 0.5):
-        options = {"crops_per_scan": 200, "keys": ("image", "label"), "labelled": labelled}
+    for labelled, foreground in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.5)):
+        options = {"crops_per_scan": 200, "keys": ("image", "label"), "labelled": labelled, "foreground": foreground}
         made = DeviceLoader(Dataset(items), CropSampler((10, 10, 10), **settings), 400, **options)
         crops = next(iter(made))["label"].flatten(1)
         found.append([((crops == value).any(dim=1)).float().mean().item() * 2 for value in (1, 2)])
     assert max(found[0]) < 0.1  # of the scan that has labels; the other is cropped anywhere
-    assert found[1] == pytest.approx([0.25, 0.25], abs=0.07)
+    assert found[1] == pytest.approx([0.25, 0.25], abs=0.07) and found[2] == pytest.approx([0.25, 0.25], abs=0.07)
 
 
 def test_labelled_voxels_are_spread_over_each_class():
@@ -203,8 +205,13 @@ def test_labelled_voxels_are_spread_over_each_class():
     label[1, 2], label[3, 4, 7] = 4, 9
     found = labelled_voxels(label, 100)
     assert found.shape == (100, 3) and found[1::2].tolist() == [[3, 4, 7]] * 50
-    assert found[::2, 2].tolist() == list(range(3, 300, 6))
-    assert labelled_voxels(torch.zeros(3, 3, 3), 7).tolist() == [[-1, -1, -1]] * 7
+    assert found[::2, 2].unique().numel() > 40 and found[::2, 2].min() < 30 and found[::2, 2].max() > 270
+    assert torch.equal(labelled_voxels(label, 100), found)
+    cube = labelled_voxels(torch.ones(64, 64, 64, dtype=torch.uint8), 1024)
+    assert all(axis.unique().numel() == 64 for axis in cube.T)
+    assert labelled_voxels(torch.zeros(3, 3, 3, dtype=torch.int16), 7).tolist() == [[-1, -1, -1]] * 7
+    with pytest.raises(ValueError, match="maps of integers, got torch.float32"):
+        labelled_voxels(torch.zeros(3, 3, 3), 7)
 
 
 def test_beyond_its_ends_a_scan_is_mirrored():

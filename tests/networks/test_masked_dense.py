@@ -45,16 +45,18 @@ def test_a_network_that_sees_the_mask_overfits_a_batch():
     assert losses[-1] < 0.05 * wanted.var()
 
 
-def test_segmentation_takes_all_but_its_head_and_restoration_what_it_has(tmp_path):
+@pytest.mark.parametrize("file", ["encoder.pt", "checkpoint.pt"])
+def test_segmentation_takes_all_but_its_head_and_restoration_what_it_has(tmp_path, file):
     torch.manual_seed(0)
     network = MaskedDense(SSPFormerEncoder(in_channels=2, **TOY))  # its head has two channels, as of two classes
     torch.save(network.encoder.state_dict(), tmp_path / "encoder.pt")
+    torch.save({"network": network.state_dict()}, tmp_path / "checkpoint.pt")
     tuned = SSPFormerDense(SSPFormerEncoder(in_channels=2, **TOY), out_channels=2)
     head = tuned.head.weight.clone()
-    load_pretrained(tuned, tmp_path / "encoder.pt")
+    load_pretrained(tuned, tmp_path / file)
     assert torch.equal(tuned.head.weight, head) and tuned.head_factor == SSPFormerDense.head_factor
     wanted = network.encoder.state_dict()
     assert all(torch.equal(wanted[name], value) for name, value in tuned.state_dict().items() if name[:4] != "head")
-    restorer = load_pretrained(SSPFormerRestorer(SSPFormerEncoder(in_channels=2, **TOY)), tmp_path / "encoder.pt")
+    restorer = load_pretrained(SSPFormerRestorer(SSPFormerEncoder(in_channels=2, **TOY)), tmp_path / file)
     assert torch.equal(restorer.encoder.norm.weight, network.encoder.encoder.norm.weight)
     assert torch.equal(restorer.encoder.patch_embedding.weight, network.encoder.encoder.patch_embedding.weight)

@@ -135,6 +135,16 @@ def test_the_same_seed_draws_the_same():
     assert np.isfinite(first.numpy()).all()
 
 
+def test_a_turned_crop_contains_the_voxel_that_it_lies_near():
+    sampler, n = CropSampler((16, 16, 8), rotate=0.5, scale=(0.8, 1.2), flip_prob=0.5, margin=1.0), 300
+    shape, spacing = torch.tensor([[80, 80, 40]]).expand(n, 3), torch.tensor([[0.9, 0.9, 6.0]]).expand(n, 3)
+    near = torch.tensor([40.0, 35.0, 20.0]).expand(n, 3)
+    matrix = sampler(shape, spacing, torch.Generator().manual_seed(0), near)
+    place = torch.linalg.solve(matrix[:, :, :3], (near - matrix[:, :, 3])[..., None])[..., 0]
+    assert (place > -0.01).all() and (place < torch.tensor([15.01, 15.01, 7.01])).all()
+    assert place[:, 0].min() < 2 and place[:, 0].max() > 13
+
+
 @pytest.mark.parametrize("margin", [0.0, 0.25])
 def test_a_crop_contains_the_voxel_that_it_lies_near_and_reaches_no_further_beyond_its_scan(margin):
     sampler, n = CropSampler((8, 8, 8), flip_prob=0.5, margin=margin), 300

@@ -48,10 +48,10 @@ class ScanBuffer:
         items: see :meth:`add`.
         keys: entries to keep.
         n_scans: how many there will be with those that are added later, at most; 0: none are.
-        label_key: entry whose labelled voxels are listed, see :func:`labelled_voxels`; None: of none.
+        label_key: entry whose labelled voxels are listed, see :func:`labelled_voxels`; None: no list.
 
     Attributes:
-        labelled: int16, ``(n_scans, LABELLED, 3)``; of no scan without a ``label_key``.
+        labelled: int16, ``(n_scans, LABELLED, 3)``; empty without a ``label_key``.
     """
 
     def __init__(
@@ -177,19 +177,24 @@ class ScanBuffer:
 
 
 def labelled_voxels(label: Tensor, n: int) -> Tensor:
-    """Voxels of a label map ``(X, Y, Z)`` that are not 0, as many of each class, spread over all that it has.
+    """Voxels of a label map ``(X, Y, Z)`` that are not 0, as many of each class, at random and always the same.
 
     Returns:
         indices, ``(n, 3)``: -1 if there is no label, and some of them twice if there are few.
+
+    Raises:
+        ValueError: if the map does not hold integers.
     """
+    if label.is_floating_point():
+        raise ValueError(f"crops are drawn around labels only in maps of integers, got {label.dtype}.")
     found = label.flatten().nonzero()[:, 0]
     if not len(found):
         return torch.full((n, 3), -1)
     values, order = label.flatten()[found].sort(stable=True)
     counts = values.unique_consecutive(return_counts=True)[1]
-    of_class, turn = torch.arange(n) % len(counts), torch.arange(n) // len(counts)
-    turns = -(-n // len(counts))
-    at = counts.cumsum(0)[of_class] - counts[of_class] + (2 * turn + 1) * counts[of_class] // (2 * turns)
+    of_class = torch.arange(n) % len(counts)
+    place = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = counts.cumsum(0)[of_class] - counts[of_class] + (place * counts[of_class]).long()
     return torch.stack(torch.unravel_index(found[order[at]], label.shape), dim=1)
 
 
@@ -207,8 +212,8 @@ class DeviceLoader(Randomizable):
     Args:
         dataset: items with MetaTensors ``(1, X, Y, Z)`` at ``keys``, preprocessed, without random transforms.
         crop: draws where the crops lie, as :class:`sspformer.transforms.CropSampler` does: any callable
-            ``(shape, spacing, generator, near) -> matrix`` that also has ``size`` (three sides), ``spatial_dims`` (2
-            for slices), and ``mirror`` and ``on_grid`` as in :meth:`ScanBuffer.crops`.
+            ``(shape, spacing, generator) -> matrix``, with ``near`` if ``labelled``, that also has ``size`` (three
+            sides), ``spatial_dims`` (2 for slices), and ``mirror`` and ``on_grid`` as in :meth:`ScanBuffer.crops`.
         batch_size: crops in a batch of one process.
         device: of the network.
         crops_per_scan: crops of each scan in an epoch.
@@ -374,10 +379,16 @@ class DeviceLoader(Randomizable):
 
     def place(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> Tensor:
         """Matrices of the crops ``(B, 3, 4)``: of ``TRIES`` draws the first with foreground enough, else the last."""
+        near = ()
+        if self.labelled:
+            which, chosen = torch.rand(2, len(index), generator=generator, device=index.device)
+            voxel = buffer.labelled[index, (which * LABELLED).long()]
+            near = (torch.where((chosen < self.labelled)[:, None] & (voxel >= 0), voxel, math.nan),)
         if self.foreground == 0:
-            return self._place(buffer, index, generator)
+            return self.crop(buffer.shape[index], buffer.spacing[index], generator, *near)
         tries = index.repeat(TRIES)
-        matrix = self._place(buffer, tries, generator)
+        near = (voxel.repeat(TRIES, 1) for voxel in near)
+        matrix = self.crop(buffer.shape[tries], buffer.spacing[tries], generator, *near)
         coarse = torch.cat([matrix[:, :, :3] * COARSE, matrix[:, :, 3:]], dim=2)
         size = [-(-side // COARSE) for side in self.crop.size]
         seen = resample(buffer.voxels[self.keys[0]], buffer.offset[tries], buffer.shape[tries], coarse, size)
@@ -386,14 +397,6 @@ class DeviceLoader(Randomizable):
         enough[-1] = True
         chosen = enough.to(torch.uint8).argmax(dim=0)
         return matrix.reshape(TRIES, -1, 3, 4)[chosen, torch.arange(len(index), device=index.device)]
-
-    def _place(self, buffer: ScanBuffer, index: Tensor, generator: torch.Generator) -> Tensor:
-        near = None
-        if self.labelled:
-            which, chosen = torch.rand(2, len(index), generator=generator, device=index.device)
-            near = buffer.labelled[index, (which * LABELLED).long()]
-            near = torch.where((chosen < self.labelled)[:, None] & (near >= 0), near, math.nan)
-        return self.crop(buffer.shape[index], buffer.spacing[index], generator, near)
 
     def _draw_on_host(self, index: Tensor, *generators: torch.Generator) -> dict[str, Tensor]:
         buffer = self._buffer

@@ -152,7 +152,8 @@ class SaveEncoder:
     """Write the plain state dict of the encoder, which loads with ``weights_only=True``.
 
     Args:
-        network: the masked autoencoder.
+        network: the masked autoencoder; or a :class:`sspformer.networks.MaskedDense`, of which the segmentation network
+            is written, without its head.
         path: of the file, usually ``models/pretrained/encoder.pt``.
         interval: epochs between two writes; the last epoch is always written.
     """

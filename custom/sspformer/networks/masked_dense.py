@@ -15,9 +15,9 @@ from .layers import gather_tokens, pad_to_patches, patchify
 class MaskedDense(nn.Module):
     """The segmentation network predicts the masked patches, in place of :class:`MaskedAutoencoder`.
 
-    So convolutions and decoder are pretrained, too, not the encoder alone. That sees visible tokens only; one learnt
-    token stands for each of the others. On every grid of the convolutional path what lies in masked patches is set to
-    0, or it would flow around the mask: after SparK (Tian et al., arXiv 2301.03580).
+    So convolutions and decoder are pretrained, too, not the encoder alone. The encoder sees visible tokens only; one
+    learnt token stands for each of the others. On every grid of the convolutional path what lies in masked patches is
+    set to 0, or it would flow around the mask: after SparK (Tian et al., arXiv 2301.03580).
 
     Args:
         encoder: see :class:`Encoder`; its ``hidden_tokens`` takes ``ids_keep``. The sides of its patch are powers of 2.

@@ -195,7 +195,7 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> nn.Module:
         what, why = "loaded", ""
         if change := changed.get(name.removeprefix("encoder.")):
             what, why = "resized", change
-        elif pretraining_only and name in around:
+        elif pretraining_only and name in around and name.startswith(("mask_token", "decoder_", "head.")):
             what, why = "skipped", "decoder of the masked autoencoder, for pretraining only"
         elif name not in own:
             what, why = "skipped", "the network has no such tensor"

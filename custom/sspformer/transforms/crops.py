@@ -82,7 +82,7 @@ class CropSampler:
         prob: share of the crops that are scaled and turned.
         flip_prob: probability of a flip along each axis, one number or one for each axis.
         margin: how far a crop may reach beyond its scan, a share of its sides, 0 or more. A scan smaller than the crop
-            lies anywhere in it.
+            lies anywhere in it, as a whole.
         mirror: beyond its ends a scan is mirrored, in place of air.
 
     Raises:
@@ -134,7 +134,7 @@ class CropSampler:
             spacing: its voxel spacing, mm, ``(B, 3)``.
             generator: on their device.
             near: a voxel of the scan for each crop to contain, at a random place, ``(B, 3)``; NaN: the crop may lie
-                anywhere. It reaches no further beyond its scan for that.
+                anywhere. It reaches no further beyond its scan for that: a turned one may miss a voxel at the border.
         """
         n, device = shape.shape[0], shape.device
         size, flip_prob, scaled, turned = self.constants(device)
@@ -146,11 +146,12 @@ class CropSampler:
         flip = 1 - 2 * (for_flip < flip_prob).float()
         step = rotation * (spacing * scale * flip)[:, None] / spacing[:, :, None]
 
-        reach = (shape - scale * size).abs() / 2 + self.margin * size * scaled
+        room = shape - scale * size
+        reach = torch.where(room < 0, -room / 2, room / 2 + self.margin * size * scaled)
         middle, place = (shape - 1) / 2, for_place - 0.5
         centre = middle + 2 * place * reach
         if near is not None:
-            from_middle = near + place * scale * size - middle
+            from_middle = near + (step @ (place * (size - 1))[..., None])[..., 0] - middle
             from_middle = torch.minimum(torch.maximum(from_middle, -reach), reach)
             centre = torch.where(near.isnan(), centre, middle + from_middle)
         start = centre - (step @ (size - 1)[:, None])[..., 0] / 2
