@@ -109,9 +109,9 @@ def segmentation(arm: str, seed: int, labels: int, rate: float, steps: int, **op
 
 def queue(results: dict[str, dict], hopeless: Collection[str] = ()) -> list[Run]:
     """All runs in their order; later ones are of the recipe's best, once all but the ``hopeless`` are there."""
-    runs = [pretraining(arm, 0) for arm in PRETRAINED]
-    recipe = [segmentation(arm, 0, 5, rate, 3000) for rate in RATES for arm in (*SCRATCH, *PRETRAINED)]
-    runs += recipe
+    recipe = [segmentation(arm, 0, 5, rate, 3000) for rate in RATES for arm in (*PRETRAINED, *SCRATCH)]
+    runs = [run for arm, first in zip(PRETRAINED, recipe) for run in (pretraining(arm, 0), first)]
+    runs += recipe[len(PRETRAINED) :]
 
     def best(arms: tuple[str, ...]) -> tuple[str, float] | None:
         of_arms = [run for run in recipe if run.name.split("_")[1] in arms and run.name not in hopeless]
