@@ -291,6 +291,7 @@ def test_a_page_gets_its_tables_anew():
     once = report.with_tables(page, {"main": tables["main"]})
     assert once == f"before\n\n<!-- main -->\n\n{tables['main']}\nafter\n"
     assert report.with_tables(once, {"main": tables["main"]}) == once
+    assert report.with_tables("<!-- main -->\n\nafter\n", {"main": tables["main"]}) == once.removeprefix("before\n\n")
     with pytest.raises(ValueError, match="no place for the table"):
         report.with_tables(page, {"robustness": ""})
 

@@ -320,10 +320,10 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def with_tables(page: str, tables: dict[str, str]) -> str:
     """Replace the tables of a page, each below a comment with its name; an empty one stays as it was."""
     for name, table in tables.items():
-        place = re.compile(rf"(<!-- {name} -->\n\n)(\|.*\n)*")
+        place = re.compile(rf"(<!-- {name} -->\n\n)(\|.*\n)*\n?")
         if not place.search(page):
             raise ValueError(f"the page has no place for the table: <!-- {name} -->")
-        page = place.sub(lambda match: match[1] + table, page) if table else page  # noqa: B023
+        page = place.sub(lambda match: f"{match[1]}{table}\n", page) if table else page  # noqa: B023
     return page
 
 
