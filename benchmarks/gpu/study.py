@@ -67,7 +67,7 @@ CHANGES: dict[str, tuple[dict, dict]] = {
     "rotated": ({"crops#sampler#rotate": 0.26}, {}),
 }
 #: changes that are tried one at a time
-DESIGNS = tuple(CHANGES)[3:]
+DESIGNS = ("fine", "ratio60", "ratio90", "normalized", "spectral", "rotated")
 PRETRAINED, SCRATCH = ("random", "random-whole", "random-whole8"), ("scratch8", "scratch4")
 
 
@@ -95,7 +95,7 @@ def pretraining(arm: str, seed: int) -> Run:
 
 def segmentation(arm: str, seed: int, labels: int, rate: float, steps: int, **options) -> Run:
     """A fine-tuning of an arm, from its own seed's pretraining."""
-    mask, *changes = arm.split("-")
+    _, *changes = arm.split("-")
     scratch = arm in SCRATCH
     extra = "".join(f"_{key.split('#')[-1]}{value}" for key, value in options.items())
     settings = {"learning_rate": rate, "layer_decay": 1.0 if scratch else 0.65, "data_options#max_subjects": labels}

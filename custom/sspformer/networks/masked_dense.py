@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dense import SSPFormerDense
@@ -45,17 +46,10 @@ class MaskedDense(nn.Module):
         tokens = tokens.scatter(1, where.expand_as(seen), seen).transpose(1, 2).unflatten(2, grid)
 
         features, detail = pad_to_patches(image, self.patch_size), []
-        features = features * _enlarged(visible, features)
+        features = features * F.interpolate(visible, features.shape[2:])
         for stage in network.stem:
             features = stage(features)
-            features = features * _enlarged(visible, features)
+            features = features * F.interpolate(visible, features.shape[2:]).to(features.dtype)
             detail.append(features)
         drawn = self.head(network.forward_decoder(tokens, detail))
         return gather_tokens(patchify(drawn, self.patch_size), ids_predict)
-
-
-def _enlarged(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of the token grid ``(B, 1, *grid)`` on a grid that has it as its multiple."""
-    for axis in range(2, mask.ndim):
-        mask = mask.repeat_interleave(like.shape[axis] // mask.shape[axis], dim=axis)
-    return mask.to(like.dtype)
