@@ -71,7 +71,7 @@ def collect_pretraining(study: Study) -> list[dict]:
     for arm in protocol.ARMS:
         for seed in protocol.SEEDS:
             if study.pretrain(arm, seed).complete():
-                last = read_csv(study.work_dir / "pretrain" / f"{arm}_{seed}" / "history.csv")[-1]
+                last = read_csv(study.pretraining_of(arm, seed) / "history.csv")[-1]
                 rows.append({"arm": arm, "seed": seed, **{name: round(float(last[name]), 5) for name in ERRORS}})
     return rows
 

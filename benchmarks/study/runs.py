@@ -104,7 +104,7 @@ class Study:
 
     def pretrain(self, name: str, seed: int) -> Cell:
         """One of the pretrainings."""
-        output = self.work_dir / "pretrain" / f"{name}_{seed}"
+        output = self.pretraining_of(name, seed)
         overlays, options = protocol.PRETRAININGS[name]
         epochs = options["epochs"]
 
@@ -226,6 +226,10 @@ class Study:
         """Output folder of a fine-tuning."""
         return self.work_dir / f"{task}_{protocol.TASKS[task]['steps']}" / f"{n_labels}_{start}_{seed}"
 
+    def pretraining_of(self, name: str, seed: int) -> Path:
+        """Output folder of a pretraining."""
+        return self.work_dir / "pretrain" / f"{name}_{seed}"
+
     def encoder(self, start: str, seed: int) -> Path | str:
         """What a start's pretraining wrote; ``null`` for scratch and for peers, which start from random weights.
 
@@ -238,7 +242,7 @@ class Study:
         if not (pretraining := self.pretrain(name, seed)).complete():
             arm = f" --arms {name}" if name in protocol.ARMS else ""
             raise RuntimeError(f"{pretraining.name} is not complete: --stages pretrain design{arm} --seeds {seed}")
-        return self.work_dir / "pretrain" / f"{name}_{seed}" / "models" / "pretrained" / "encoder.pt"
+        return self.pretraining_of(name, seed) / "models" / "pretrained" / "encoder.pt"
 
 
 def overlays_of(task: str, start: str) -> list[str | Path]:
